@@ -1,0 +1,1 @@
+"""Which data should a vision-language model learn from, and in what order?"""

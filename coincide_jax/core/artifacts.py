@@ -1,0 +1,154 @@
+"""Files that stages leave for each other: whole or not at all, and the feature store.
+
+The feature store is zarr v3 written by TensorStore: float16 `[N, D]`, one shard per block of rows, crc32c on
+every chunk, no compression (features barely compress). A missing shard or a flipped bit raises; it is never read as zeros.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorstore as ts
+
+from coincide_jax.core.errors import UserError
+
+SHARD_ROWS = 4096
+CHUNK_ROWS = 256
+
+
+@contextlib.contextmanager
+def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary name beside `path`; what was written there takes the name `path` when the block ends well."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file whole."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: pathlib.Path, value, indent: int | None = 1) -> None:
+    """Writes a JSON file whole."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: pathlib.Path, rows: Sequence[dict]) -> None:
+    """Writes a JSON-lines file whole."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: pathlib.Path):
+    """Reads a JSON file that a stage wrote; raises `UserError` with line and column if it is cut or edited wrongly."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """Reads a JSON-lines file that a stage wrote."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def write_npy(path: pathlib.Path, array: np.ndarray) -> None:
+    """Writes a .npy file whole."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+
+
+def write_parquet(path: pathlib.Path, columns: dict[str, Sequence]) -> None:
+    """Writes columns of equal length as one parquet file, whole."""
+    with atomic(path) as temporary:
+        pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), temporary)
+
+
+def read_parquet(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a parquet file as `{column: array}`."""
+    table = pq.read_table(path)
+    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, or of a folder's file names and contents in sorted order."""
+    path = pathlib.Path(path)
+    sha = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir():
+            sha.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as handle:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()
+
+
+def _spec(path: pathlib.Path) -> dict:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(pathlib.Path(path).absolute()) + "/"},
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def create_features(path: pathlib.Path, rows: int, width: int) -> ts.TensorStore:
+    """Creates (or reopens, to go on with) a float16 `[rows, width]` store; whole shards are to be written by one writer each."""
+    metadata = {
+        "shape": [rows, width],
+        "data_type": "float16",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_ROWS, width]}},
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [CHUNK_ROWS, width],
+                    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                },
+            }
+        ],
+    }
+    return ts.open(_spec(path) | {"metadata": metadata}, create=True, open=True).result()
+
+
+def read_features(path: pathlib.Path) -> np.ndarray:
+    """Reads features `[N, D]` whole, from a zarr store or a .npy file (the authors' `tan_act.npy` included).
+
+    Raises:
+      UserError: missing, not two-dimensional, unreadable (missing shard, failed checksum).
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"features {path} do not exist")
+    if path.suffix == ".npy":
+        array = np.load(path, mmap_mode="r")
+    else:
+        try:
+            array = ts.open(_spec(path)).result().read().result()
+        except ValueError as error:
+            raise UserError(f"features {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if array.ndim != 2:
+        raise UserError(f"features {path} have shape {array.shape}; expected [records, width]")
+    return array
