@@ -116,3 +116,11 @@ def defaults() -> ConfigDict:
             device=dict(model_parallel=1, precision="auto"),  # auto | float32 | bfloat16
         )
     )
+
+
+def four_rows(add) -> None:
+    """The table of a run: COINCIDE (the headline), all data, a random coreset of the same size, COINCIDE+."""
+    add("coincide", {"select.name": "coincide", "curriculum.pool": "coreset", "curriculum.name": "uniform"})
+    add("full", {"curriculum.pool": "all", "curriculum.name": "uniform"})
+    add("random", {"select.name": "random", "curriculum.pool": "coreset", "curriculum.name": "uniform"})
+    add("coincide_plus", {"curriculum.pool": "all", "curriculum.name": "coincide_plus"})

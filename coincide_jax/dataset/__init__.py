@@ -1,0 +1,241 @@
+"""Stage 0: records and images → a checked, split data set; `Dataset` turns its records into sequences and pixels.
+
+The stage writes `split.json`, `tokenizer.json`, `quarantine.jsonl`, `questions/` (when held-out records are asked) and
+`drawn/` (when `dataset.records` is 'drawn'). Nothing is trained before it has ended, so held-out rows are in no model.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+
+from coincide_jax.core import artifacts
+from coincide_jax.core.errors import UserError
+from coincide_jax.core.metrics import say
+from coincide_jax.dataset import batches, conversation, drawn, images, questions, source
+from coincide_jax.dataset import split as splitting
+from coincide_jax.dataset import tokenizer as tokenizers
+
+STAGE_VERSION = 1
+KEYS = (
+    "dataset.records",
+    "dataset.images",
+    "dataset.base_records",
+    "dataset.share_heldout",
+    "dataset.share_dev",
+    "dataset.base_share",
+    "dataset.limit",
+    "dataset.max_bad",
+    "dataset.seed",
+    "dataset.system",
+    "dataset.vocab",
+    "dataset.threads",
+    "dataset.drawn",
+    "target.path",
+    "evaluate.questions",
+)
+TOKEN_CACHE_BYTES = 256 << 20
+REASONS_SHOWN = 3
+
+
+class Dataset:
+    """The valid records of one file as sequences and images. Rows that are in no part of the split are None."""
+
+    def __init__(
+        self, records: Sequence[source.Record | None], folder: pathlib.Path, tokenizer, settings,
+        image_size: int, image_tokens: int,
+    ):  # fmt: skip
+        self.records, self.folder, self.tokenizer = records, folder, tokenizer
+        self.image_size, self.image_tokens, self.threads = image_size, image_tokens, settings.threads
+        self.buckets = _checked_buckets(settings.buckets, settings.max_length)
+        self.template = conversation.Template(
+            settings.template, tokenizer, settings.system, image_tokens, settings.max_length
+        )
+        self.eos_id, self.pad_id, self.vocab_size = self.template.eos_id, 0, tokenizer.vocab_size
+        self._sequences, self._pixels = images.Cache(TOKEN_CACHE_BYTES), images.Cache(settings.cache_mib << 20)
+        self._told: set[int] = set()
+
+    @classmethod
+    def open(
+        cls, split: dict, part_file: str, *, tokenizer_path: pathlib.Path, settings,
+        image_size: int, image_tokens: int,
+    ) -> "Dataset":  # fmt: skip
+        """Opens the records that a split names.
+
+        Args:
+          split: what `split.json` holds.
+          part_file: 'records', or 'base_records' when the split names a second file.
+          settings: `config.dataset` (template, system, max_length, buckets, threads, cache_mib).
+          image_size: pixels of the model's square input.
+          image_tokens: positions that an image takes.
+
+        Raises:
+          UserError: unreadable records or tokenizer; buckets or max_length that do not fit.
+        """
+        records, _ = source.parse(source.load(split[part_file])[: split["n"] if part_file == "records" else None])
+        parts = ["base"] if part_file == "base_records" else ["pool", "dev", "heldout"]
+        if not split["base_records"]:
+            parts.append("base")
+        kept = {index for part in parts for index in split[part]}
+        records = [record if index in kept else None for index, record in enumerate(records)]
+        tokenizer = tokenizers.Tokenizer.load(tokenizer_path)
+        return cls(records, pathlib.Path(split["images"]), tokenizer, settings, image_size, image_tokens)
+
+    def encode(self, index: int) -> conversation.Encoded:
+        """The training sequence of a valid record."""
+        record = self.records[index]
+
+        def make() -> conversation.Encoded:
+            return self.template.encode(record.turns, record.image is not None)
+
+        return self._sequences.get(index, make, lambda encoded: 6 * len(encoded.tokens) + 600)
+
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """Positions of each record, image included: int32[len(indices)]."""
+        return np.asarray([len(self.encode(int(index)).tokens) for index in indices], np.int32)
+
+    def bucket(self, length: int) -> int:
+        """The shortest padded length that holds `length` positions."""
+        return next(bucket for bucket in self.buckets if length <= bucket)
+
+    def image(self, path: str) -> np.ndarray:
+        """Pixels u8[S, S, 3] of a path inside the images folder; raises what Pillow raises."""
+        return self._pixels.get(path, lambda: images.load(self.folder / path, self.image_size), lambda a: a.nbytes)
+
+    def row(self, index: int) -> batches.Row | int:
+        """Sequence and pixels of a record, or the bare index if there is none to be had (never an exception)."""
+        if index < 0 or self.records[index] is None:
+            return index
+        return self.row_of(index, self.encode(index), self.records[index].image)
+
+    def row_of(self, index: int, encoded: conversation.Encoded, image: str | None) -> batches.Row | int:
+        """A sequence with the pixels of its image; the bare index, and a line on the screen, if they cannot be read."""
+        try:
+            return index, encoded, None if image is None else self.image(image)
+        except Exception as error:  # a reading thread must not raise; what Pillow raises is not one class
+            if index not in self._told:
+                self._told.add(index)
+                say("dataset", f"row {index} left out: image {image} cannot be read any more: {error}")
+            return index
+
+
+def _checked_buckets(buckets: Sequence[int], max_length: int) -> tuple[int, ...]:
+    buckets = tuple(int(bucket) for bucket in buckets)
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != max_length:
+        raise UserError(
+            f"dataset.buckets is {buckets}; expected rising lengths, the last of them dataset.max_length = {max_length}"
+        )
+    return buckets
+
+
+def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
+    """The stage: check, split, train the tokenizer. Reads no other stage's folder and runs nothing on devices.
+
+    Raises:
+      UserError: unreadable files, too many bad records, no record left for the pool, broken questions.
+    """
+    del inputs, mesh
+    keys = config.dataset
+    asked_folder = pathlib.Path(config.evaluate.questions).absolute() if config.evaluate.questions else None
+    records_path, images_folder, base_path = pathlib.Path(keys.records), pathlib.Path(keys.images), keys.base_records
+    if keys.records == "drawn":
+        folder = drawn.draw(out / "drawn", keys.drawn)
+        records_path, images_folder = folder / "train.json", folder / "images"
+        base_path = base_path or str(folder / "base.json")
+        asked_folder = asked_folder or (folder / "eval").absolute()
+    if not keys.records:
+        raise UserError("dataset.records is not set; expected a LLaVA JSON or JSONL file, or 'drawn'")
+    records, quarantine, digests = _read("records", records_path, images_folder, keys)
+    asked = 0, set()
+    if asked_folder:
+        asked = questions.check_folder(asked_folder, images_folder, keys.threads)
+    own_base = bool(base_path or config.target.path)
+    parts = splitting.split(
+        records,
+        digests,
+        heldout=0.0 if asked_folder else keys.share_heldout,
+        dev=keys.share_dev,
+        base=0.0 if own_base else keys.base_share,
+        seed=keys.seed,
+        asked=asked[1],
+    )
+    base_records: Sequence[source.Record | None] = records
+    bad = len(quarantine)
+    if base_path:
+        base_records, base_bad, base_digests = _read("base_records", pathlib.Path(base_path), images_folder, keys)
+        quarantine += [row | {"file": "base_records"} for row in base_bad]
+        parts["base"] = splitting.unseen(base_records, base_digests, records, digests, asked[1])
+        if not parts["base"]:
+            raise UserError(f"dataset.base_records: every record of {base_path} shares its image with another part")
+    if not asked_folder and parts["heldout"]:
+        rows = questions.heldout_questions([records[index] for index in parts["heldout"]])
+        asked_folder = (out / "questions").absolute()
+        questions.write_folder(asked_folder, rows)
+        asked = len(rows), set()
+    texts = [records[index] for index in parts["pool"]] + [base_records[index] for index in parts["base"]]
+    vocab = _tokenizer(config.target.path, texts, keys, out / "tokenizer.json")
+    artifacts.write_jsonl(out / "quarantine.jsonl", quarantine)
+    split = {
+        "records": str(records_path.absolute()),
+        "images": str(images_folder.absolute()),
+        "base_records": str(pathlib.Path(base_path).absolute()) if base_path else "",
+        "questions": str(asked_folder) if asked_folder else "",
+        "n": len(records),
+        "quarantined": bad,
+    }
+    artifacts.write_json(out / "split.json", split | parts, indent=None)
+    summary = {name: len(rows) for name, rows in parts.items()} | {
+        "records": len(records),
+        "quarantined": bad,
+        "images": len(set(digests.values())),
+        "tasks": len({record.task for record in records if record}),
+        "questions": asked[0],
+        "vocab": vocab,
+    }
+    _tell(summary, bool(asked_folder))
+    return summary
+
+
+def _read(name: str, path: pathlib.Path, folder: pathlib.Path, keys):
+    """Records, quarantine and image digests of one file, with the share of bad records checked."""
+    raw = source.load(path)
+    if name == "records" and keys.limit:
+        raw = raw[: keys.limit]
+    if any(isinstance(value, dict) and value.get("image") for value in raw) and not folder.is_dir():
+        raise UserError(f"dataset.images: {folder} is not a folder; the image paths of {path} start from it")
+    records, quarantine, digests = source.validate(raw, folder, keys.threads)
+    first = "; ".join(f"row {row['index']}: {row['reason']}" for row in quarantine[:REASONS_SHOWN])
+    if len(quarantine) == len(raw):
+        raise UserError(f"all {len(raw)} records of {path} are quarantined: {first}")
+    if len(quarantine) > keys.max_bad * len(raw):
+        raise UserError(
+            f"{len(quarantine)} of {len(raw)} records of {path} are bad, more than dataset.max_bad = {keys.max_bad:g} "
+            f"allows: {first}"
+        )
+    if quarantine:
+        say("dataset", f"{len(quarantine)} of {len(raw)} {name} quarantined (quarantine.jsonl): {first}")
+    return records, quarantine, digests
+
+
+def _tokenizer(target: str, records: list[source.Record], keys, path: pathlib.Path) -> int:
+    """Copies the target's tokenizer or trains one on the text of `records`; returns its number of entries."""
+    if target:
+        found = pathlib.Path(target) / "tokenizer.json"
+        vocab = tokenizers.Tokenizer.load(found).vocab_size
+        with artifacts.atomic(path) as temporary:
+            shutil.copyfile(found, temporary)
+        return vocab
+    texts = (
+        text for record in records for text in conversation.render(record.turns, record.image is not None, keys.system)
+    )
+    trained = tokenizers.train(texts, keys.vocab)
+    trained.save(path)
+    return trained.vocab_size
+
+
+def _tell(summary: dict, asked: bool) -> None:
+    say("dataset", "{records} records · {images} images · {tasks} tasks · {quarantined} quarantined".format(**summary))
+    say("dataset", "pool {pool} · dev {dev} · held out {heldout} · base {base}".format(**summary))
+    tail = f"{summary['questions']} questions" if asked else "no questions: dataset.share_heldout is 0"
+    say("dataset", f"tokenizer of {summary['vocab']} entries · {tail}")

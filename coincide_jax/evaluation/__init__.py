@@ -1,0 +1,145 @@
+"""Stage 5: the model answers held-out questions by greedy decoding; each answer is scored beside its blind floor."""
+
+import functools
+import pathlib
+import time
+from collections import Counter, defaultdict
+
+import jax
+import numpy as np
+
+from coincide_jax.core import artifacts, axes, checkpoint, precision
+from coincide_jax.core.errors import UserError
+from coincide_jax.core.metrics import Progress, say
+from coincide_jax.dataset import Dataset, batches
+from coincide_jax.evaluation import answers as answers_lib
+from coincide_jax.evaluation import questions as questions_lib
+from coincide_jax.evaluation.answers import METRICS
+from coincide_jax.evaluation.floors import Floors
+from coincide_jax.models import generate, vlm
+
+__all__ = ["KEYS", "METRICS", "STAGE_VERSION", "run"]
+
+STAGE_VERSION = 1
+KEYS = (
+    "evaluate.rows",
+    "evaluate.max_new_tokens",
+    "evaluate.limit",
+    "evaluate.seed",
+    "dataset.template",
+    "dataset.system",
+    "dataset.max_length",
+    "dataset.buckets",
+    "dataset.threads",
+    "dataset.cache_mib",
+    "device.precision",
+)
+
+
+def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
+    """Answers and scores every question; writes `answers.jsonl` (one line a question) and `scores.json`.
+
+    Args:
+      config: the keys of `KEYS`.
+      inputs: folders 'dataset' (split.json) and 'train' (model/).
+      out: the stage's folder.
+      mesh: axes ('data', 'model'); the rows of a batch are spread over 'data'.
+
+    Returns:
+      Task → score, and the number of questions.
+
+    Raises:
+      UserError: no questions, a broken question file, an unknown metric.
+    """
+    model = inputs["train"] / "model"
+    split = artifacts.read_json(inputs["dataset"] / "split.json")
+    chosen = precision.choose(config.device.precision)
+    params, card = checkpoint.load_model(
+        model, mesh, lambda card: vlm.abstract(vlm.VLMConfig.from_dict(card["config"], chosen))
+    )
+    cfg = vlm.VLMConfig.from_dict(card["config"], chosen)
+    dataset = Dataset.open(
+        split,
+        "records",
+        tokenizer_path=model / "tokenizer.json",
+        settings=config.dataset,
+        image_size=card["image_size"],
+        image_tokens=cfg.image_tokens,
+    )
+    asked = questions(config.evaluate, split)
+    floors = Floors((dataset.records[i].task, dataset.records[i].turns) for i in split["pool"] if dataset.records[i])
+    predictions = predict(params, cfg, dataset, asked, config, mesh)
+    rows = [score(question, prediction, floors) for question, prediction in zip(asked, predictions, strict=True)]
+    artifacts.write_jsonl(out / "answers.jsonl", rows)
+    scores = summarise(rows)
+    artifacts.write_json(out / "scores.json", scores)
+    above = sum(task["score"] > task["blind"] for task in scores.values())
+    mean = np.mean([task["score"] for task in scores.values()])
+    say("evaluate", f"{len(rows)} questions, {len(scores)} tasks: mean {100 * mean:.1f} %, {above} tasks above blind")
+    return {"questions": len(rows), "scores": {task: value["score"] for task, value in scores.items()}}
+
+
+def questions(settings, split: dict) -> list[questions_lib.Question]:
+    """The questions of this run, from the folder that split.json names, limited per task."""
+    if not split["questions"]:
+        raise UserError("there are no questions: dataset.share_heldout is 0 and evaluate.questions names no folder")
+    return questions_lib.limit(questions_lib.from_folder(split["questions"]), settings.limit, settings.seed)
+
+
+def predict(params, cfg, dataset: Dataset, asked: list, config, mesh) -> list[str]:
+    """Greedy answers to the questions, in their order."""
+    settings = config.evaluate
+
+    @functools.partial(jax.jit, static_argnames="max_new_tokens")
+    def answer(params, batch, max_new_tokens):
+        tokens = generate.greedy(params, batch, cfg, max_new_tokens=max_new_tokens, eos_id=dataset.eos_id)
+        return jax.reshard(tokens, jax.P(None, None))  # whole on every device, so that any process can read it
+
+    texts = [""] * len(asked)
+    prompts = [(question.text, question.image) for question in asked]
+    begin = time.monotonic()
+    with Progress("evaluate", len(asked), "questions") as progress:
+        for batch in batches.prompts(dataset, prompts, settings.rows, threads=config.dataset.threads):
+            tokens = np.asarray(answer(params, axes.put_batch(batch, mesh), settings.max_new_tokens))
+            real = np.flatnonzero(batch["index"] >= 0)
+            for row in real:
+                ids = [int(token) for token in tokens[row] if token >= 0 and token != dataset.eos_id]
+                texts[int(batch["index"][row])] = dataset.tokenizer.decode(ids).strip()
+            progress.advance(len(real))
+    say("evaluate", f"answered at {len(asked) / (time.monotonic() - begin):.1f} questions/s")
+    return texts
+
+
+def score(question: questions_lib.Question, prediction: str, floors: Floors) -> dict:
+    """One line of answers.jsonl."""
+    measure = answers_lib.metric(question.metric)
+    blind = floors.answer(question)
+    return {
+        "id": question.id,
+        "task": question.task,
+        "image": question.image,
+        "question": question.text,
+        "prediction": prediction,
+        "answers": list(question.answers),
+        "metric": question.metric,
+        "score": round(measure(prediction, question.answers, question.choices), 6),
+        "blind_prediction": blind,
+        "blind_score": round(measure(blind, question.answers, question.choices), 6),
+    }
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Task → metric, n, images, score, blind; a task of several metrics names them all."""
+    by_task = defaultdict(list)
+    for row in rows:
+        by_task[row["task"]].append(row)
+    return {
+        task: {
+            "metric": ", ".join(name for name, _ in Counter(row["metric"] for row in found).most_common()),
+            "n": len(found),
+            "images": len({row["image"] or row["id"] for row in found}),
+            "score": round(float(np.mean([row["score"] for row in found])), 6),
+            "blind": round(float(np.mean([row["blind_score"] for row in found])), 6),
+        }
+        for task, found in sorted(by_task.items())
+    }

@@ -1,0 +1,238 @@
+"""Stage 1: records → activation features `f16[N, D]` and per-record scores, one forward pass of the reference model.
+
+Feature of a record (COINCIDE, Eq. 1-3; methods.md §4.4 for the released code): the output of `o_proj` in L layers spread over the decoder;
+per layer the mean over visual and over text tokens, tanh, unit length; the 2·L parts concatenated layer by layer, `[v_l, t_l, …]`, and
+divided by sqrt(2·L). Text tokens are question and answers, never the system prompt. A text-only record has a zero visual half and
+is scaled back to unit length (§4.7), so text-only records meet each other on the text half.
+
+Rows go to disk shard by shard (`SHARD_ROWS` consecutive records), each shard with its list of finished rows, so a killed run goes on
+at the first unfinished shard. Every device always runs `rows_per_device` rows of one length bucket, which makes features bitwise
+independent of the number of devices.
+"""
+
+import functools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coincide_jax.core import artifacts, axes, checkpoint, precision
+from coincide_jax.core.errors import UserError
+from coincide_jax.core.metrics import Progress, say
+from coincide_jax.dataset import Dataset, batches, source
+from coincide_jax.models import vlm
+
+STAGE_VERSION = 1
+KEYS = ("dataset", "extract", "reference.path", "device")
+
+
+def spread_taps(depth: int, count: int) -> tuple[int, ...]:
+    """`count` 0-based layers spread over the decoder, the last one left out.
+
+    24 layers, 5 taps → (3, 7, 11, 15, 19), the published choice. A decoder of `count` layers or fewer has all of them tapped.
+    """
+    if depth <= count:
+        return tuple(range(depth))
+    return tuple((i + 1) * depth // (count + 1) - 1 for i in range(count))
+
+
+def pool(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of `f32[B, T, W]` over the tokens of `bool[B, T]`, tanh, unit length: `f32[B, W]`; a row without tokens is zero."""
+    weight = mask.astype(jnp.float32)[:, :, None]
+    mean = (states.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+    squashed = jnp.tanh(mean)
+    norm = jnp.sqrt((squashed * squashed).sum(-1, keepdims=True))
+    return squashed / jnp.maximum(norm, 1e-12)
+
+
+def assemble(pooled: jax.Array) -> jax.Array:
+    """`f32[L, B, 2, W]` unit or zero parts → `f32[B, 2·L·W]` unit rows (§4.7: a missing modality stays zero, the rest is scaled up)."""
+    layers, rows, parts, width = pooled.shape
+    flat = jnp.transpose(pooled, (1, 0, 2, 3)).reshape(rows, layers * parts * width)
+    norm = jnp.sqrt((flat * flat).sum(-1, keepdims=True))
+    return flat / jnp.maximum(norm, 1e-12)
+
+
+def token_scores(logits: jax.Array, tokens: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """Per-record means over supervised tokens, each `f32[B]`: nll, EL2N `‖p − onehot‖₂`, AUM `p_y − max_{v≠y} p_v` (methods.md §5.3-5.5).
+
+    Args: logits `f32[B, T, V]`, tokens `i32[B, T]`, labels `bool[B, T]` (token t is predicted from t−1).
+    """
+    z, y = logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
+    weight = labels[:, 1:].astype(jnp.float32)
+    total = jax.nn.logsumexp(z, axis=-1)
+    z_y = jnp.take_along_axis(z, y[:, :, None], axis=-1)[:, :, 0]
+    others = jnp.where(jax.nn.one_hot(y, z.shape[-1], dtype=jnp.bool_), -jnp.inf, z).max(-1)
+    p_y = jnp.exp(z_y - total)
+    squares = jnp.exp(jax.nn.logsumexp(2.0 * z, axis=-1) - 2.0 * total)
+    el2n = jnp.sqrt(jnp.maximum(squares - 2.0 * p_y + 1.0, 0.0))
+    count = jnp.maximum(weight.sum(1), 1.0)
+
+    def mean(value: jax.Array) -> jax.Array:
+        return (jnp.where(weight > 0, value, 0.0)).sum(1) / count
+
+    return {"nll": mean(total - z_y), "el2n": mean(el2n), "aum": mean(p_y - jnp.exp(others - total))}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "taps", "scores"))
+def features(
+    params, batch: dict, cfg: vlm.VLMConfig, taps: tuple[int, ...], scores: bool = False
+) -> dict[str, jax.Array]:
+    """One forward pass through the layers that `params` hold: `{'features': f16[B, D], 'repaired': bool[B]}`.
+
+    With `scores` (all layers held) also `nll`, `el2n`, `aum`, each `f32[B]`.
+    """
+    rows, length = batch["tokens"].shape
+    start = batch["image_start"][:, None]
+    position = jnp.arange(length)[None, :]
+    visual = (start >= 0) & (position >= start) & (position < start + cfg.image_tokens)
+
+    def tap(states: jax.Array) -> jax.Array:
+        return jnp.stack([pool(states, visual), pool(states, batch["text"])], axis=1)
+
+    out = vlm.forward(params, batch, cfg, tap=tap)
+    rows_of = assemble(out.taps[jnp.array(taps)])
+    finite = jnp.isfinite(rows_of)
+    result = {
+        "features": jnp.where(finite, rows_of, 0.0).astype(jnp.float16),
+        "repaired": (~finite).any(axis=1),
+    }
+    if scores:
+        result |= token_scores(vlm.logits(params, out.hidden, cfg), batch["tokens"], batch["labels"])
+    return result
+
+
+def choose_taps(keys, depth: int) -> tuple[int, ...]:
+    """The tapped layers by config; an out-of-range one is an error."""
+    taps = tuple(sorted(keys.taps)) or spread_taps(depth, keys.num_layers)
+    if taps[0] < 0 or taps[-1] >= depth:
+        raise UserError(f"extract.taps = {taps} names a layer outside the decoder's 0…{depth - 1}")
+    return taps
+
+
+def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
+    """The stage: writes features.zarr, scores.parquet, quarantine.jsonl.
+
+    Raises:
+      UserError: a tap outside the decoder, a reference folder that cannot be read, given features of another number of records.
+    """
+    split = artifacts.read_json(inputs["dataset"] / "split.json")
+    if config.extract.features:
+        return take_given(config.extract, split, inputs["dataset"], out)
+    folder = Path(config.reference.path) if config.reference.path else inputs["reference"]
+    chosen = precision.choose(config.device.precision)
+    params, model = checkpoint.load_model(
+        folder, mesh, lambda model: vlm.abstract(vlm.VLMConfig.from_dict(model["config"], chosen))
+    )
+    cfg = vlm.VLMConfig.from_dict(model["config"], chosen)
+    taps = choose_taps(config.extract, cfg.decoder.depth)
+    data = Dataset.open(
+        split, "records", tokenizer_path=folder / "tokenizer.json", settings=config.dataset,
+        image_size=model["image_size"], image_tokens=cfg.image_tokens,
+    )  # fmt: skip
+    if not config.extract.scores:  # outside jit: only the layers that run stay in memory
+        held = jax.tree.map(lambda leaf: leaf[: taps[-1] + 1], params["decoder"]["blocks"])
+        params = params | {"decoder": params["decoder"] | {"blocks": held}}
+    width = 2 * len(taps) * cfg.decoder.width
+    say("extract", f"{len(split['pool'])} records · decoder layers {list(taps)} of {cfg.decoder.depth} · D = {width}")
+    store = artifacts.create_features(out / "features.zarr", split["n"], width)
+    pool_rows = np.asarray(split["pool"], np.int64)
+    names = ("nll", "el2n", "aum") if config.extract.scores else ()
+    with Progress("extract", len(pool_rows), "records") as progress:
+        for shard in range(0, split["n"], artifacts.SHARD_ROWS):
+            part = out / "parts" / f"{shard:012d}.npz"
+            members = pool_rows[(pool_rows >= shard) & (pool_rows < shard + artifacts.SHARD_ROWS)]
+            if not part.exists():
+                write_shard(
+                    store, part, shard, members, data, params, cfg, taps, names, config.extract.rows_per_device, mesh
+                )
+            progress.advance(len(members))
+    return collect(out, split, data, names, inputs["dataset"], width, taps)
+
+
+def write_shard(store, part: Path, shard: int, members: np.ndarray, data, params, cfg, taps, names: Sequence[str],
+                rows_per_device: int, mesh) -> None:  # fmt: skip
+    """Features of one shard's records, written whole, then the shard's list of rows, which marks it as finished."""
+    rows = min(artifacts.SHARD_ROWS, store.shape[0] - shard)
+    block = np.zeros((rows, store.shape[1]), np.float16)
+    columns = {name: np.zeros(rows, np.float32) for name in names} | {
+        "valid": np.zeros(rows, bool), "repaired": np.zeros(rows, bool)
+    }  # fmt: skip
+    count = rows_per_device * mesh.shape["data"]
+    pending = []
+    for batch in batches.ordered(data, members, count, threads=data.threads):
+        pending.append((batch, features(params, axes.put_batch(batch, mesh), cfg, taps, bool(names))))
+        if len(pending) > 2:  # the device works on the next batches while this one is fetched
+            take(*pending.pop(0), shard, block, columns)
+    for batch, result in pending:
+        take(batch, result, shard, block, columns)
+    store[shard : shard + rows].write(block).result()
+    part.parent.mkdir(exist_ok=True)
+    with artifacts.atomic(part) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **columns)
+
+
+def take(batch: dict, result: dict, shard: int, block: np.ndarray, columns: dict) -> None:
+    """Moves the valid rows of one batch from the device into the shard's block."""
+    keep = batch["valid"]
+    rows = batch["index"][keep] - shard
+    result = jax.device_get(result)
+    block[rows] = result["features"][keep]
+    for name in columns.keys() - {"valid"}:
+        columns[name][rows] = result[name][keep]
+    columns["valid"][rows] = True
+
+
+def collect(out: Path, split: dict, data, names: Sequence[str], dataset: Path, width: int, taps: Sequence[int]) -> dict:
+    """Joins the shards' columns into scores.parquet; records whose image failed now join the quarantine."""
+    parts = [dict(np.load(path)) for path in sorted((out / "parts").glob("*.npz"))]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in (*names, "valid", "repaired")}
+    write_scores(out, data.records, columns, names)
+    lost = [i for i in split["pool"] if not columns["valid"][i]]
+    rows = artifacts.read_jsonl(dataset / "quarantine.jsonl")
+    rows += [{"index": i, "id": data.records[i].id, "reason": "unreadable at extraction"} for i in lost]
+    artifacts.write_jsonl(out / "quarantine.jsonl", rows)
+    shutil.rmtree(out / "parts")
+    repaired = int(columns["repaired"].sum())
+    if repaired:
+        say("extract", f"{repaired} records had non-finite activations, replaced by 0")
+    return {
+        "records": int(columns["valid"].sum()),
+        "width": width,
+        "taps": list(taps),
+        "repaired": repaired,
+        "lost": len(lost),
+    }
+
+
+def write_scores(out: Path, records: Sequence, columns: dict, names: Sequence[str]) -> None:
+    """Writes scores.parquet: one row a record, quarantined and held-out ones with zeros and valid=false."""
+    table = {
+        "index": np.arange(len(records)),
+        "id": [record.id if record else "" for record in records],
+        "task": [record.task if record else "" for record in records],
+        "valid": columns["valid"],
+    }
+    artifacts.write_parquet(out / "scores.parquet", table | {name: columns[name] for name in names})
+
+
+def take_given(keys, split: dict, dataset: Path, out: Path) -> dict:
+    """Features made elsewhere: copied into the store, rows outside the pool zeroed."""
+    given = artifacts.read_features(Path(keys.features))
+    if given.shape[0] != split["n"]:
+        raise UserError(
+            f"extract.features {keys.features} has {given.shape[0]} rows, the data set {split['n']} records"
+        )
+    valid = np.zeros(split["n"], bool)
+    valid[split["pool"]] = True
+    store = artifacts.create_features(out / "features.zarr", *given.shape)
+    for shard in range(0, split["n"], artifacts.SHARD_ROWS):
+        rows = slice(shard, min(shard + artifacts.SHARD_ROWS, split["n"]))
+        store[rows].write(np.where(valid[rows, None], given[rows], 0).astype(np.float16)).result()
+    records, _ = source.parse(source.load(split["records"])[: split["n"]])
+    write_scores(out, records, {"valid": valid}, ())
+    artifacts.write_jsonl(out / "quarantine.jsonl", artifacts.read_jsonl(dataset / "quarantine.jsonl"))
+    return {"records": int(valid.sum()), "width": int(given.shape[1]), "taps": [], "repaired": 0, "lost": 0}

@@ -1,0 +1,1 @@
+"""Array mathematics; imports JAX and NumPy only."""

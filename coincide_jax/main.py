@@ -1,0 +1,105 @@
+"""The command: flags, mesh, then `pipeline.run`.
+
+python -m coincide_jax.main --config=configs/demo.py [--config.KEY=VALUE …] [--workdir=DIR] [--stages=a,b] [--force=STAGE]
+"""
+
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from coincide_jax import pipeline
+from coincide_jax.core import axes
+from coincide_jax.core.errors import UserError, nearest
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `configs/demo.py` or `configs/demo.py:table`.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config name>.")
+STAGES = flags.DEFINE_list("stages", [], f"Run only these stages of {', '.join(pipeline.NAMES)}.")
+FORCE = flags.DEFINE_string("force", None, "Run this stage and all after it again.")
+
+
+def config_path(argv: Sequence[str]) -> tuple[pathlib.Path, str]:
+    """The file and the argument behind `:` of `--config=FILE:ARGUMENT`."""
+    for position, word in enumerate(argv):
+        if word.lstrip("-").startswith("config="):
+            value = word.split("=", 1)[1]
+        elif word.lstrip("-") == "config" and position + 1 < len(argv):
+            value = argv[position + 1]
+        else:
+            continue
+        file, _, argument = value.partition(":")
+        return pathlib.Path(file), argument
+    raise UserError("no config was given: add --config=configs/demo.py")
+
+
+def load_module(file: pathlib.Path):
+    """Imports a config file by path; its folder's parent joins the search path so that `configs.common` is found."""
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "no such file"
+        valid = [str(path) for path in sorted(file.parent.glob("*.py"))] if file.parent.is_dir() else []
+        raise UserError(f"config {file}: {found}{nearest(str(file), valid) if valid else '.'}")
+    root = str(file.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location("coincide_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; a wrong key or value becomes one sentence that names the nearest valid key."""
+    if {"--help", "-h", "--helpfull", "--helpshort"} & set(argv):
+        return flags.FLAGS(argv)
+    file, argument = config_path(argv)
+    module = load_module(file)
+    config = module.get_config(argument) if argument else module.get_config()
+    keys = pipeline.flatten(config)
+    for word in argv[1:]:
+        name = word.lstrip("-").split("=", 1)[0]
+        if name.startswith("config.") and name.removeprefix("config.") not in keys:
+            raise UserError(f"unknown config key '{name.removeprefix('config.')}'{nearest(name[7:], keys)}")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def find_sweep(argv: Sequence[str]) -> Callable | None:
+    """The config file's `sweep(add)`, if it has one."""
+    return getattr(load_module(config_path(argv)[0]), "sweep", None)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the pipeline of the parsed flags."""
+    config = CONFIG.value
+    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)
+    mesh = axes.make_mesh(config.device.model_parallel)
+    with jax.set_mesh(mesh):
+        pipeline.run(
+            config, workdir, mesh, sweep=find_sweep(sys.argv), stages=STAGES.value, force=FORCE.value, command=sys.argv
+        )
+
+
+def cli() -> None:
+    """Entry point: a user's mistake ends in one sentence and exit status 2."""
+
+    def guarded(action: Callable):
+        def call(argv):
+            try:
+                return action(argv)
+            except UserError as error:
+                print(f"coincide: {error}", file=sys.stderr)
+                sys.exit(2)
+
+        return call
+
+    app.run(guarded(main), flags_parser=guarded(parse))
+
+
+if __name__ == "__main__":
+    cli()

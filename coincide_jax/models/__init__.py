@@ -1,0 +1,1 @@
+"""Models as plain parameter trees and pure functions."""

@@ -1,0 +1,115 @@
+"""Stage 3: clusters → coreset. One file a selector; each joins by one line in `SELECTORS`.
+
+A selector is `select(view: SelectionView, keys) -> Selection`; it sees features and clusters, never records.
+"""
+
+import functools
+import pathlib
+
+import numpy as np
+
+from coincide_jax.core import artifacts
+from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.core.metrics import say
+from coincide_jax.dataset import source
+from coincide_jax.selection import coincide, random
+from coincide_jax.selection.view import Selection, SelectionView
+
+__all__ = ["KEYS", "SELECTORS", "STAGE_VERSION", "Selection", "SelectionView", "run"]
+
+STAGE_VERSION = 1
+KEYS = ("select", "extract.features", "extract.num_layers", "extract.taps")
+SELECTORS = {
+    "coincide": coincide.select,
+    "random": random.select,
+}
+
+
+def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
+    """Runs the stage; writes indices.npy, coreset.json, records.parquet and, where there are clusters,
+    clusters.parquet.
+
+    `inputs['match']`, if there, is the folder of another selection; then this one holds exactly as many records.
+
+    Raises:
+      UserError: unknown selector, budget of no record or above all, what the selector raises.
+    """
+    keys = config.select
+    if keys.name not in SELECTORS:
+        raise unknown("selector", keys.name, SELECTORS)
+    split = artifacts.read_json(inputs["dataset"] / "split.json")
+    assignment = centroids = None
+    if "cluster" in inputs:
+        assignment, centroids = (np.load(inputs["cluster"] / f"{name}.npy") for name in ("assignment", "centroids"))
+        valid = assignment >= 0
+    else:
+        valid = np.zeros(split["n"], bool)
+        valid[split["pool"]] = True
+    budget = _budget(keys.fraction, int(np.sum(valid)), inputs.get("match"))
+    view = SelectionView(
+        features=_reader(config, inputs, len(valid)),
+        valid=valid,
+        assignment=assignment,
+        centroids=centroids,
+        num_layers=len(config.extract.taps) or config.extract.num_layers,
+        budget=budget,
+    )
+    chosen = SELECTORS[keys.name](view, keys)
+    records = source.load(split["records"])
+    artifacts.write_json(out / "coreset.json", [records[row] for row in np.sort(chosen.indices)])
+    columns = {"index": chosen.indices, "id": [str(records[row].get("id", "")) for row in chosen.indices]}
+    summary = {"records": len(chosen.indices), "budget": budget, "shortfall": budget - len(chosen.indices)}
+    if assignment is not None:
+        columns["cluster"] = assignment[chosen.indices]
+        picked = np.bincount(assignment[chosen.indices], minlength=len(centroids))
+        table = {"cluster": np.arange(len(centroids)), "size": np.bincount(assignment[valid], minlength=len(centroids))}
+        artifacts.write_parquet(out / "clusters.parquet", table | chosen.clusters | {"picked": picked})
+        summary |= {"clusters": len(centroids), "clusters_picked": int(np.sum(picked > 0))}
+    artifacts.write_parquet(out / "records.parquet", columns | chosen.records)
+    artifacts.write_npy(out / "indices.npy", chosen.indices)
+    _tell(keys.name, summary, int(np.sum(valid)))
+    return summary
+
+
+def _budget(fraction: float, valid: int, match: pathlib.Path | None) -> int:
+    """M: as many records as the selection beside it, or the share of the valid ones."""
+    if match is not None:
+        budget = len(np.load(match / "indices.npy"))
+        if budget > valid:
+            raise UserError(f"{match / 'indices.npy'} holds {budget} records to match; only {valid} are valid here")
+        return budget
+    if not 0 < fraction <= 1:
+        raise UserError(f"select.fraction is {fraction}; expected more than 0 and at most 1")
+    if int(fraction * valid) == 0:
+        raise UserError(f"select.fraction {fraction} of {valid} valid records is no record; expected at least one")
+    return int(fraction * valid)
+
+
+def _reader(config, inputs: dict[str, pathlib.Path], total: int):
+    """Rows of the features, read at the first call; non-finite values count as 0, as they did in clustering."""
+
+    @functools.cache
+    def whole() -> np.ndarray:
+        path = pathlib.Path(config.extract.features or inputs["extract"] / "features.zarr")
+        features = artifacts.read_features(path)
+        if len(features) != total:
+            raise UserError(f"features {path} have {len(features)} rows; expected {total}, one a record")
+        return features
+
+    def rows(indices: np.ndarray) -> np.ndarray:
+        part = whole()[indices]
+        return part if np.isfinite(part).all() else np.where(np.isfinite(part), part, 0).astype(part.dtype)
+
+    return rows
+
+
+def _tell(name: str, summary: dict, valid: int) -> None:
+    share = 100 * summary["records"] / valid
+    where = f" from {summary['clusters_picked']} of {summary['clusters']} clusters" if "clusters" in summary else ""
+    say("select", f"{name}: {summary['records']} of {valid} records ({share:.1f} %){where}")
+    if summary["shortfall"]:
+        say(
+            "select",
+            f"{summary['shortfall']} records below the budget of {summary['budget']}: the clusters that sequential "
+            "allocation reached last are full; nothing is filled up (select.allocation=exact fills to the record)",
+        )

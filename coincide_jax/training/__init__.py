@@ -1,0 +1,30 @@
+"""Stage 4b: one sharded loop trains base, reference and target, whole or by LoRA, in the order that a sampler draws.
+
+`state.py` what a run carries · `steps.py` what is compiled · `loop.py` the loop · `stages.py` the three stages.
+"""
+
+from coincide_jax.training.loop import Termination, fit
+from coincide_jax.training.stages import (
+    BASE_KEYS,
+    REFERENCE_KEYS,
+    STAGE_VERSION,
+    TRAIN_KEYS,
+    run,
+    run_base,
+    run_reference,
+)
+from coincide_jax.training.state import Recipe, TrainState
+
+__all__ = (
+    "BASE_KEYS",
+    "REFERENCE_KEYS",
+    "STAGE_VERSION",
+    "TRAIN_KEYS",
+    "Recipe",
+    "Termination",
+    "TrainState",
+    "fit",
+    "run",
+    "run_base",
+    "run_reference",
+)

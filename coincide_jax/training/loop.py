@@ -1,0 +1,255 @@
+"""The loop: draw a round, read its records, run its steps, write what happened, save, go on where it stopped."""
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from coincide_jax.core import artifacts, axes, checkpoint
+from coincide_jax.core.errors import UserError
+from coincide_jax.core.metrics import JsonLines, Progress, say
+from coincide_jax.dataset import batches
+from coincide_jax.kernels import plan
+from coincide_jax.models import lora
+from coincide_jax.training import state as states
+from coincide_jax.training import steps as compiled
+from coincide_jax.training.state import Recipe
+
+IN_FLIGHT = 2  # steps that the host may be ahead of the device
+STOPPED = 143  # exit code after SIGTERM: 128 + 15
+
+
+class Termination:
+    """Inside it SIGTERM does not kill: it sets `requested`, and the loop saves at the next step boundary. A request
+    that no loop answered ends the program when the block ends."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "Termination":
+        self.before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def _request(self, *_) -> None:
+        self.requested = True
+
+    def __exit__(self, kind, *_) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+        if self.requested and kind is None:
+            raise SystemExit(STOPPED)
+
+
+class Log:
+    """`metrics.jsonl` (a line a step) and `curriculum.jsonl` (a line a round), cut back to where a run goes on."""
+
+    def __init__(self, out: pathlib.Path, step: int):
+        _cut(out / "metrics.jsonl", lambda line: line["step"] <= step)
+        _cut(out / "curriculum.jsonl", lambda line: line["drawn_at"] < step)
+        self.steps, self.rounds = JsonLines(out / "metrics.jsonl"), JsonLines(out / "curriculum.jsonl")
+        self.waiting: list[tuple[int, dict, dict]] = []
+
+    def step(self, step: int, metrics: dict, **known) -> None:
+        """Keeps the metrics of a step, still on the device; the last but one step is waited for."""
+        self.waiting.append((step, metrics, known))
+        if len(self.waiting) > IN_FLIGHT:
+            jax.block_until_ready(self.waiting[-1 - IN_FLIGHT][1])
+
+    def flush(self, name: str) -> float:
+        """Fetches and writes what waits; returns the last loss.
+
+        Raises:
+          UserError: a loss that is not finite.
+        """
+        fetched = jax.device_get([metrics for _, metrics, _ in self.waiting])
+        loss = math.nan
+        for (step, _, known), metrics in zip(self.waiting, fetched, strict=True):
+            metrics = {key: value.item() for key, value in metrics.items()}
+            loss = metrics["loss"]
+            if not math.isfinite(loss) or not math.isfinite(metrics["gradient_norm"]):
+                raise UserError(
+                    f"{name}: loss {loss}, gradient norm {metrics['gradient_norm']} at step {step} (steps "
+                    f"{self.waiting[0][0]}–{self.waiting[-1][0]} were checked); a lower {name}.learning_rate may help"
+                )
+            self.steps.write(step=step, **metrics, **known)
+        self.waiting.clear()
+        return loss
+
+    def close(self) -> None:
+        """Closes both files."""
+        self.steps.close()
+        self.rounds.close()
+
+
+def _cut(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
+    """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    artifacts.write_text(path, "".join(line for line in whole if keep(json.loads(line))))
+
+
+def _claim(out: pathlib.Path, identity: dict) -> None:
+    """Notes what run the folder holds; refuses to go on with the checkpoints of another one."""
+    path = out / "run.json"
+    if not path.exists():
+        artifacts.write_json(path, identity)
+        return
+    found = artifacts.read_json(path)
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise UserError(f"{out} holds a run with {key} = {found.get(key)}, now {value}; take another folder")
+
+
+def _reader(dataset, records: np.ndarray, first: int, recipe: Recipe, threads: int) -> Iterator[list[batches.Batch]]:
+    """The micro-batches of a plan from row `first` on; the first step is read before this returns."""
+    steps = batches.planned(dataset, records, micro=recipe.micro_batch, start_step=first, threads=threads)
+    return itertools.chain([next(steps)], steps)
+
+
+def fit(
+    *,
+    name: str,
+    params: dict,
+    cfg,
+    dataset,
+    members: dict,
+    sampler,
+    total_records: int,
+    recipe: Recipe,
+    round_steps: int,
+    lag: int,
+    threads: int,
+    mesh,
+    out: pathlib.Path,
+    stop: Termination,
+) -> tuple[dict, dict]:
+    """Trains a model. The same call on the same folder goes on where a killed one stopped, with the same numbers.
+
+    Args:
+      name: key of the recipe, for screen and messages (base, reference.train, train).
+      params: whole tree of the start; stays as it is.
+      members: records int[N] and arm int[N] (which of `arms` each belongs to).
+      sampler: init, probabilities, update.
+      total_records: records of one epoch of this run; the recipe's epochs or steps make the length of it.
+      round_steps: S, steps between two draws.
+      lag: 0 draws a round after the last update, 1 a round earlier, so that reading overlaps.
+      out: gets checkpoints/, metrics.jsonl, curriculum.jsonl, run.json.
+
+    Returns:
+      The trained whole tree (LoRA merged) and summary numbers.
+
+    Raises:
+      UserError: no records, a lag that is not 0 or 1, a loss that is not finite, a folder of another run.
+      SystemExit: 143, after a save, when SIGTERM came.
+    """
+    if not len(members["records"]):
+        raise UserError(f"{name}: there are no records to train on")
+    if lag not in (0, 1) or round_steps < 1:
+        raise UserError(f"curriculum.lag is {lag} and round_steps {round_steps}; expected lag 0 or 1, round_steps ≥ 1")
+    steps, slots = recipe.length(total_records)
+    arms = members["arms"]
+    table = plan.members(members["records"], members["arm"], arms)
+    _claim(
+        out,
+        {
+            "start": checkpoint.fingerprint(params),
+            "records": hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in table)).hexdigest()[:16],
+            "steps": steps,
+            "slots": slots,
+            "round_steps": round_steps,
+            "lag": lag,
+            "seed": recipe.seed,
+            "mode": recipe.mode,
+        },
+    )
+    table = jax.device_put(table, jax.NamedSharding(mesh, jax.P()))
+    trained, frozen = states.divide(params, cfg, recipe, jax.random.key(recipe.seed), mesh)
+    state = states.start(trained, recipe, sampler, steps, arms, 1 + lag, round_steps)
+    run = compiled.compile_steps(cfg, recipe, sampler, steps, slots)
+    accumulator = jax.jit(compiled.empty, static_argnums=1)(state.params, recipe.batch)
+
+    checkpoints = checkpoint.Checkpoints(out / "checkpoints", recipe.keep)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    restored = checkpoints.restore(abstract)
+    step = 0
+    if restored is not None:
+        step, state, _ = restored
+        say(name, f"goes on at step {step} of {steps}")
+    log = Log(out, step)
+    ahead, loss, clock = None, math.nan, time.monotonic()
+    say(name, f"{steps} steps of {recipe.batch} records · {len(members['records'])} records in {arms} arms")
+    with Progress(name, steps, "steps") as progress, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        progress.advance(step)
+        while step < steps:
+            number, first = divmod(step, round_steps)
+            for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
+                state, p = run.draw(state, table, np.int32(drawn))
+                log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
+            records = jax.device_get(state.plan.records)
+            reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads)
+            more = lag and (number + 1) * round_steps < steps
+            ahead = pool.submit(_reader, dataset, records[1], 0, recipe, threads) if more else None
+            for micro_batches in itertools.islice(reader, steps - step):
+                for index, batch in enumerate(micro_batches):
+                    if batch["valid"].any():
+                        batch = axes.put_batch(batch, mesh)
+                        where = (state.key, state.step, np.int32(index))
+                        accumulator = run.micro(state.params, frozen, accumulator, batch, *where)
+                state, accumulator, metrics = run.apply(state, accumulator)
+                step += 1
+                log.step(step, metrics, seconds=round(time.monotonic() - clock, 4))
+                clock = time.monotonic()
+                progress.advance(1, f"loss {loss:.3f}" if math.isfinite(loss) else "")
+                if step == steps or step % recipe.checkpoint_every == 0 or stop.requested:
+                    loss = log.flush(name)
+                    checkpoints.save(step, state, {"steps": steps})
+                if stop.requested and step < steps:
+                    checkpoints.close()
+                    log.close()
+                    say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
+                    raise SystemExit(STOPPED)
+            loss = log.flush(name) if log.waiting else loss
+    checkpoints.close()
+    log.close()
+    summary = _summary(out, state)
+    say(
+        name,
+        f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
+    )
+    whole, adapters = states.unite(state.params, frozen)
+    return (whole if adapters is None else lora.merge(whole, adapters, recipe.lora_scale)), summary
+
+
+def _round(state: states.TrainState, p: jax.Array) -> dict:
+    """What the curriculum's line of a round says: entropy of p in nats, arms seen so far, p and draws of each arm."""
+    p, arms, draws = jax.device_get((p, state.plan.arms[-1], state.draws))
+    entropy = -float(np.sum(p * np.log(np.maximum(p, 1e-30))))
+    counts = np.bincount(arms[arms >= 0], minlength=len(p))
+    return {
+        "entropy": round(entropy, 6),
+        "visited": int((draws > 0).sum()),
+        "probabilities": [round(float(value), 8) for value in p],
+        "draws": counts.tolist(),
+    }
+
+
+def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
+    lines = artifacts.read_jsonl(out / "metrics.jsonl")
+    tenth = max(len(lines) // 10, 1)
+    return {
+        "steps": len(lines),
+        "records": sum(line["records"] for line in lines),
+        "tokens": sum(line["tokens"] for line in lines),
+        "loss_first": float(np.mean([line["loss"] for line in lines[:tenth]])),
+        "loss": float(np.mean([line["loss"] for line in lines[-tenth:]])),
+        "epochs": int(state.position.epoch),
+        "arms_seen": int((jax.device_get(state.draws) > 0).sum()),
+    }

@@ -1,0 +1,160 @@
+"""What a training run is told (`Recipe`) and what it carries from step to step (`TrainState`)."""
+
+import dataclasses
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.kernels import plan
+from coincide_jax.models import layers, lora
+
+MODES = ("full", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one model is trained; the keys of `configs/common.py: recipe`, with LoRA's beside them."""
+
+    seed: int
+    mode: str
+    batch: int
+    micro_batch: int
+    epochs: float
+    steps: int
+    learning_rate: float
+    projector_learning_rate: float
+    warmup: float
+    weight_decay: float
+    clip: float
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    remat: bool
+    checkpoint_every: int
+    keep: int
+
+    @classmethod
+    def from_config(cls, keys, name: str) -> "Recipe":
+        """Reads and checks the keys; `name` (base, reference.train, train) is used in messages.
+
+        Raises:
+          UserError: an unknown mode, a number out of its range, a batch that the micro-batch does not divide.
+        """
+        values = {key: keys[key] for key in keys if key != "lora"} | dict(keys.lora)
+        recipe = cls(**values | {"targets": tuple(values["targets"])})
+        if recipe.mode not in MODES:
+            raise unknown(f"{name}.mode", recipe.mode, MODES)
+        for key in ("batch", "micro_batch", "checkpoint_every", "keep", "learning_rate", "clip", "epochs"):
+            if getattr(recipe, key) <= 0:
+                raise UserError(f"{name}.{key} is {getattr(recipe, key)}; expected a number above 0")
+        for key in ("steps", "warmup", "weight_decay", "projector_learning_rate"):
+            if getattr(recipe, key) < 0:
+                raise UserError(f"{name}.{key} is {getattr(recipe, key)}; expected 0 or more")
+        if recipe.batch % recipe.micro_batch:
+            raise UserError(
+                f"{name}.micro_batch is {recipe.micro_batch}; expected a divisor of {name}.batch = {recipe.batch}"
+            )
+        return recipe
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the product of LoRA's two matrices."""
+        return self.alpha / self.rank
+
+    def length(self, records: int) -> tuple[int, int]:
+        """Optimiser steps, and slots in all of them that hold a record, of a run over `records` records."""
+        if self.steps:
+            return self.steps, self.steps * self.batch
+        slots = max(math.ceil(records * self.epochs - 1e-6), 1)
+        return math.ceil(slots / self.batch), slots
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a resumed run needs, and nothing that it can compute.
+
+    step: int32[], optimiser steps done; params: the trained tree; opt: Optax state; sampler: its state; plan: the
+    rounds drawn and not over, each field with a leading axis [1 + lag]; position: records used up; draws: int32[K], of
+    each arm so far; key: the run's random key.
+    """
+
+    step: jax.Array
+    params: dict
+    opt: tuple
+    sampler: tuple
+    plan: plan.Plan
+    position: plan.Position
+    draws: jax.Array
+    key: jax.Array
+
+
+def rate(peak: float, recipe: Recipe, steps: int):
+    """Learning rate by step: linear over ceil(warmup · steps) steps, then cosine to 0. No step has rate 0."""
+    warm = math.ceil(recipe.warmup * steps)
+
+    def at(step):
+        step = jnp.asarray(step, jnp.float32)
+        falling = 0.5 * (1.0 + jnp.cos(jnp.pi * (step - warm) / max(steps - warm, 1)))
+        return peak * jnp.where(step < warm, (step + 1.0) / max(warm, 1), jnp.clip(falling, 0.0, 1.0))
+
+    return at
+
+
+def optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.999, 1e-8) after a clip of the global gradient norm; the projector has its own learning rate."""
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        return optax.adamw(rate(peak, recipe, steps), 0.9, 0.999, 1e-8, weight_decay=recipe.weight_decay)
+
+    def groups(params: dict) -> dict:
+        return {
+            top: jax.tree.map(lambda _, top=top: "projector" if top == "projector" else "rest", tree)
+            for top, tree in params.items()
+        }
+
+    rates = {"projector": adamw(recipe.projector_learning_rate), "rest": adamw(recipe.learning_rate)}
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.partition(rates, groups))
+
+
+def divide(params: dict, cfg, recipe: Recipe, key: jax.Array, mesh) -> tuple[dict, dict]:
+    """The trained and the frozen tree: everything and nothing, or LoRA with the projector and the rest.
+
+    The trained tree is a copy: steps overwrite it, and the caller's weights stay as they are.
+    """
+    if recipe.mode == "full":
+        return jax.tree.map(jnp.copy, params), {}
+    adapters = layers.init(lora.abstract(cfg, recipe.rank, recipe.targets), key, mesh)
+    frozen = {top: tree for top, tree in params.items() if top != "projector"}
+    return {"lora": adapters, "projector": jax.tree.map(jnp.copy, params["projector"])}, frozen
+
+
+def unite(trained: dict, frozen: dict) -> tuple[dict, dict | None]:
+    """The model's whole tree and the LoRA tree (None in mode 'full')."""
+    whole = {**frozen, **{top: tree for top, tree in trained.items() if top != "lora"}}
+    return whole, trained.get("lora")
+
+
+def start(trained: dict, recipe: Recipe, sampler, steps: int, arms: int, rounds: int, round_steps: int) -> TrainState:
+    """The state before the first step, every array of it where it will stay. `rounds` is 1 + lag."""
+
+    @jax.jit
+    def init(trained):
+        shape = (rounds, round_steps, recipe.batch)
+        empty = jnp.full(shape, -1, jnp.int32)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=trained,
+            opt=optimizer(recipe, steps).init(trained),
+            sampler=sampler.init(arms),
+            plan=plan.Plan(empty, empty + 0, jnp.zeros(shape)),
+            position=plan.start(arms),
+            draws=jnp.zeros(arms, jnp.int32),
+            key=jax.random.key(recipe.seed),
+        )
+
+    return init(trained)

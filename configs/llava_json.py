@@ -1,0 +1,29 @@
+"""Your own data set in LLaVA format, with tiny models trained on parts of it.
+
+Command   python -m coincide_jax.main --config=configs/llava_json.py --config.dataset.records=PATH.json \\
+              --config.dataset.images=DIR --workdir=DIR
+Machine   two CPU cores or better
+
+Held-out questions are a share of the images, or your own: --config.evaluate.questions=DIR with one JSONL file a task.
+Checkpoint folders of earlier runs take the place of the tiny models: --config.target.path=DIR --config.reference.path=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+sweep = common.four_rows
+
+
+def get_config() -> ConfigDict:
+    """Base, reference and target of about a million parameters."""
+    config = common.defaults()
+    config.name = "llava_json"
+    config.dataset.system = ""
+    config.dataset.vocab = 4096
+    config.dataset.image_size = 64
+    config.dataset.max_length = 160
+    config.dataset.buckets = (48, 64, 96, 160)
+    config.model.vision.patch = 16
+    config.cluster.k = 500
+    return config.lock()

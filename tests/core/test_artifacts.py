@@ -1,0 +1,79 @@
+"""Files whole or not at all; a feature store that never reads damage as zeros."""
+
+import numpy as np
+import pytest
+
+from coincide_jax.core import artifacts
+from coincide_jax.core.errors import UserError, unknown
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store of three shards and the rows in it; the second shard is all zeros, as of records left out."""
+    monkeypatch.setattr(artifacts, "SHARD_ROWS", 8)
+    monkeypatch.setattr(artifacts, "CHUNK_ROWS", 4)
+    rows = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float16)
+    rows[8:16] = 0
+    path = tmp_path / "features.zarr"
+    opened = artifacts.create_features(path, 20, 6)
+    for begin in range(0, 20, 8):
+        opened[begin : begin + 8 if begin < 16 else 20].write(rows[begin : begin + 8]).result()
+    return path, rows
+
+
+def shards(path):
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "zarr.json")
+
+
+def test_rows_come_back(store):
+    path, rows = store
+    assert len(shards(path)) == 3
+    np.testing.assert_array_equal(artifacts.read_features(path), rows)
+
+
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_missing_shard_is_an_error(store, shard):
+    shards(store[0])[shard].unlink()
+    with pytest.raises(UserError, match="features.zarr"):
+        artifacts.read_features(store[0])
+
+
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_flipped_bit_is_an_error(store, shard):
+    file = shards(store[0])[shard]
+    data = bytearray(file.read_bytes())
+    data[5] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="features.zarr"):
+        artifacts.read_features(store[0])
+
+
+def test_npy_is_the_same_thing(tmp_path):
+    array = np.ones((3, 2), np.float16)
+    artifacts.write_npy(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(artifacts.read_features(tmp_path / "a.npy"), array)
+    artifacts.write_npy(tmp_path / "b.npy", array[0])
+    with pytest.raises(UserError, match="shape"):
+        artifacts.read_features(tmp_path / "b.npy")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "value.json"
+    artifacts.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        artifacts.write_json(path, {"a": object()})
+    with pytest.raises(RuntimeError), artifacts.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert artifacts.read_json(path) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_broken_json_names_line_and_column(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1,\n "b": }')
+    with pytest.raises(UserError, match="line 2, column 7"):
+        artifacts.read_json(tmp_path / "x.json")
+
+
+def test_unknown_names_the_nearest():
+    assert str(unknown("stage", "clustr", ("cluster", "select"))) == "unknown stage 'clustr'; did you mean 'cluster'?"
+    assert "cluster, select" in str(unknown("stage", "zzz", ("cluster", "select")))

@@ -1,0 +1,90 @@
+"""A round: no repeats before an arm is used up, exhausted arms masked, epochs, empty slots, same bits every time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coincide_jax.core import axes
+from coincide_jax.kernels import bandits, plan
+
+SIZES = (3, 1, 0, 8)
+RECORDS = np.asarray([40, 10, 30, 7, 90, 91, 92, 93, 94, 95, 96, 97])
+ARM = np.asarray([0, 0, 0, 1, 3, 3, 3, 3, 3, 3, 3, 3])
+ALL = set(RECORDS.tolist())
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "batch", "total"))
+def draw(key, member, position, first, steps, batch, total, favour):
+    def probabilities(alive):
+        return bandits.proportional(favour, alive, 0.05)
+
+    return plan.draw_plan(probabilities, key, member, position, first, total, steps, batch)
+
+
+def rounds(count, *, steps=2, batch=3, total=10**6, favour=(0.0, 0.0, 0.0, 0.0), mesh=None):
+    member, position = plan.members(RECORDS, ARM, 4), plan.start(4)
+    found = []
+    for number in range(count):
+        first = np.int32(number * steps * batch)
+        drawn, position = draw(jax.random.key(5), member, position, first, steps, batch, total, jnp.asarray(favour))
+        found.append(jax.device_get(drawn))
+    return found, jax.device_get(position)
+
+
+def test_every_epoch_holds_every_record_once():
+    found, position = rounds(6)  # 36 slots, 12 records: three epochs
+    order = np.concatenate([drawn.records.ravel() for drawn in found])
+    epochs = [order[i : i + 12].tolist() for i in (0, 12, 24)]
+    assert all(set(epoch) == ALL for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert position.epoch == 2 and position.cursor.tolist() == list(SIZES)
+
+
+def test_an_arm_used_up_in_mid_round_is_masked_and_its_weight_is_one_over_p():
+    found, _ = rounds(1, steps=3, batch=4, favour=(1e6, 0.0, 0.0, 0.0))
+    arms, weight = found[0].arms.ravel(), found[0].weight.ravel()
+    assert np.bincount(arms, minlength=4).tolist() == list(SIZES)
+    last = max(i for i in range(12) if arms[i] == 0)
+    assert last < 11, "the favoured arm should run out before the round does"
+    after = [weight[i] for i in range(last + 1, 12)]
+    # With arm 0 gone nothing has a reward: the arms left are equally likely.
+    assert set(np.round(after, 4)) <= {1.0, 2.0}
+    np.testing.assert_allclose(weight[0], 1 / 0.95 if arms[0] == 0 else 60.0, rtol=0.05)
+
+
+def test_records_belong_to_their_arms_and_come_in_keyed_order():
+    found, _ = rounds(2)
+    arm_of = dict(zip(RECORDS.tolist(), ARM.tolist(), strict=True))
+    for drawn in found:
+        assert [arm_of[record] for record in drawn.records.ravel()] == drawn.arms.ravel().tolist()
+    order = [r for drawn in found for r in drawn.records.ravel().tolist() if arm_of[r] == 3]
+    assert order != sorted(order)
+
+
+def test_slots_beyond_the_total_are_empty_and_use_up_nothing():
+    found, position = rounds(2, total=8)
+    records = np.concatenate([drawn.records.ravel() for drawn in found])
+    arms = np.concatenate([drawn.arms.ravel() for drawn in found])
+    weight = np.concatenate([drawn.weight.ravel() for drawn in found])
+    assert (records[:8] >= 0).all() and (records[8:] == -1).all()
+    assert (arms[8:] == -1).all() and (weight[8:] == 0).all() and (weight[:8] >= 1).all()
+    assert position.cursor.sum() == 8 and position.epoch == 0
+
+
+def test_order_of_the_members_does_not_matter():
+    shuffle = np.random.default_rng(0).permutation(len(RECORDS))
+    for one, two in zip(plan.members(RECORDS, ARM, 4), plan.members(RECORDS[shuffle], ARM[shuffle], 4), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_same_plan_on_any_mesh(devices):
+    alone, _ = rounds(2)
+    with jax.set_mesh(axes.make_mesh(devices=jax.devices()[:devices])):
+        there, _ = rounds(2)
+    for one, two in zip(alone, there, strict=True):
+        for a, b in zip(one, two, strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -1,0 +1,101 @@
+"""A user's mistake: one clear sentence, exit status 2, no traceback."""
+
+import fcntl
+import json
+
+import command
+import pytest
+
+LLAVA = "--config=configs/llava_json.py"
+
+
+def sentence(*arguments) -> str:
+    """The one sentence that a wrong command ends with."""
+    status, output = command.run(*arguments)
+    assert status == 2, output
+    assert "Traceback" not in output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("coincide: ")
+    return last
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A LLaVA file of two good text-only records."""
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(2)]))
+    return path
+
+
+def own(path, tmp_path, *more):
+    """Arguments that run the pipeline on `path`."""
+    return (
+        LLAVA,
+        f"--config.dataset.records={path}",
+        f"--config.dataset.images={tmp_path}",
+        f"--workdir={tmp_path}/w",
+        *more,
+    )
+
+
+def test_no_config():
+    assert "--config=configs/demo.py" in sentence()
+
+
+def test_unknown_config_file():
+    assert "configs/demo.py" in sentence("--config=configs/dem.py")
+
+
+def test_unknown_key_names_the_nearest():
+    assert "did you mean 'cluster.k'" in sentence(command.TINY, "--config.cluster.kk=4")
+
+
+def test_wrong_type():
+    assert "cluster.k" in sentence(command.TINY, "--config.cluster.k=many")
+
+
+def test_unknown_stage(tmp_path):
+    assert "did you mean 'cluster'" in sentence(command.TINY, f"--workdir={tmp_path}", "--stages=clusters")
+
+
+def test_unknown_selector(tmp_path):
+    line = sentence(*own("none", tmp_path, "--config.select.name=coincid"))
+    assert "unknown selector 'coincid'" in line and "did you mean 'coincide'" in line
+
+
+@pytest.mark.parametrize("fraction", [0, 1.5, -0.1])
+def test_budget_outside_its_range(tmp_path, fraction):
+    assert "select.fraction" in sentence(*own("none", tmp_path, f"--config.select.fraction={fraction}"))
+
+
+def test_missing_file(tmp_path):
+    assert f"{tmp_path}/none.json" in sentence(*own(tmp_path / "none.json", tmp_path))
+
+
+def test_folder_instead_of_file(tmp_path):
+    assert "folder" in sentence(*own(tmp_path, tmp_path))
+
+
+def test_json_cut_in_the_middle(records, tmp_path):
+    records.write_text(records.read_text()[:-40])
+    line = sentence(*own(records, tmp_path))
+    assert "line 1" in line and "column" in line
+
+
+def test_all_records_quarantined(records, tmp_path):
+    records.write_text(json.dumps([{"id": "a", "image": "gone.png", "conversations": []}]))
+    assert "quarantine" in sentence(*own(records, tmp_path))
+
+
+def test_workdir_not_writable(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in sentence(command.TINY, f"--workdir={tmp_path}/file/run")
+
+
+def test_second_process_on_one_workdir(tmp_path):
+    with open(tmp_path / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.write("4321")
+        handle.flush()
+        assert "in use by process 4321" in sentence(command.TINY, f"--workdir={tmp_path}")
