@@ -66,7 +66,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         image_size=card["image_size"],
         image_tokens=cfg.image_tokens,
     )
-    asked = questions(config.evaluate, split)
+    asked = ask(config.evaluate, split)
     floors = Floors((dataset.records[i].task, dataset.records[i].turns) for i in split["pool"] if dataset.records[i])
     predictions = predict(params, cfg, dataset, asked, config, mesh)
     rows = [score(question, prediction, floors) for question, prediction in zip(asked, predictions, strict=True)]
@@ -79,7 +79,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     return {"questions": len(rows), "scores": {task: value["score"] for task, value in scores.items()}}
 
 
-def questions(settings, split: dict) -> list[questions_lib.Question]:
+def ask(settings, split: dict) -> list[questions_lib.Question]:
     """The questions of this run, from the folder that split.json names, limited per task."""
     if not split["questions"]:
         raise UserError("there are no questions: dataset.share_heldout is 0 and evaluate.questions names no folder")
@@ -102,7 +102,7 @@ def predict(params, cfg, dataset: Dataset, asked: list, config, mesh) -> list[st
         for batch in batches.prompts(dataset, prompts, settings.rows, threads=config.dataset.threads):
             tokens = np.asarray(answer(params, axes.put_batch(batch, mesh), settings.max_new_tokens))
             real = np.flatnonzero(batch["index"] >= 0)
-            for row in real:
+            for row in real[batch["valid"][real]]:  # a prompt whose image has vanished stays unanswered
                 ids = [int(token) for token in tokens[row] if token >= 0 and token != dataset.eos_id]
                 texts[int(batch["index"][row])] = dataset.tokenizer.decode(ids).strip()
             progress.advance(len(real))

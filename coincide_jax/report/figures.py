@@ -20,6 +20,8 @@ TASKS = (
     "#c27f70", "#4f7699", "#7cb5a7", "#ad9072", "#a3adb8", "#cfa3b8", "#77877c",
 )  # fmt: skip
 WIDTH = 9.0  # inches; one figure fills the text column
+LABELS = 8  # clusters with a name in the scatter
+LABEL_PIXELS = (80, 16)  # room of a name, at 100 pixels an inch
 MAX_POINTS = 300  # of a curve; longer ones are averaged in equal pieces
 
 STYLE = {
@@ -114,7 +116,7 @@ def composition(tasks: Sequence[str], pool: np.ndarray, coreset: np.ndarray) -> 
     axes.set_xlim(0, shares.max() * 1.28)
     axes.set_xlabel("share of the records, %")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper left", ncols=2)
     return svg(figure, "composition", "Task composition of pool and coreset")
 
 
@@ -149,7 +151,7 @@ def scores(table: dict) -> str:
     names = [f"{'• ' if task['counted'] else ''}{task['task']}" for task in tasks]
     axes.set_yticks(np.arange(len(tasks)), names)
     axes.set_ylim(len(tasks) - 0.45, -0.55)
-    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+    axes.set_xlim(left=-1)
     axes.set_xlabel("score, %")
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper left", ncols=min(len(rows) + 1, 6), handletextpad=0.3, columnspacing=1.4)
@@ -188,12 +190,17 @@ def plane(size, transferability, density, picked, names: Sequence[str]) -> str:
         np.asarray(transferability)[order], np.asarray(density)[order], s=area[order], c=share[order],
         cmap=ramp, vmin=0, alpha=0.88, edgecolors=PAPER, linewidths=0.8,
     )  # fmt: skip
-    for row in order[:6]:
+    axes.margins(0.1)
+    placed = np.empty((0, 2))
+    for row in order[:LABELS]:  # the largest first; a label that would lie on another is left out
+        at = axes.transData.transform((transferability[row], density[row]))
+        if (np.abs(placed - at) < LABEL_PIXELS).all(1).any():
+            continue
+        placed = np.vstack([placed, at])
         axes.annotate(
             names[row], (transferability[row], density[row]), xytext=(0, 1.5 + np.sqrt(area[row]) / 2),
             textcoords="offset points", fontsize=8, ha="center",
         )  # fmt: skip
-    axes.margins(0.1)
     axes.set_xlabel("transferability S: mean cosine to the other clusters' centroids")
     axes.set_ylabel("density D: mean kernel value inside the cluster")
     bar = figure.colorbar(points, ax=axes, shrink=0.75, pad=0.02)

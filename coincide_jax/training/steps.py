@@ -78,14 +78,15 @@ def compile_steps(cfg, recipe: Recipe, sampler, steps: int, slots: int) -> Steps
     def apply(state: TrainState, accumulator: Accumulator):
         tokens = jnp.maximum(accumulator.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, accumulator.grads)
-        updates, opt = transform.update(grads, state.opt, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
+            updates, opt = transform.update(grads, state.opt, state.params)
         row = state.step % state.plan.arms.shape[1]
         seen = jnp.isfinite(accumulator.losses)
         weight = jnp.where(seen, state.plan.weight[0, row], 0.0)
         metrics = {
             "loss": accumulator.nll / tokens,
             "learning_rate": learning_rate(state.step),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "tokens": accumulator.tokens.astype(jnp.int32),
             "records": seen.astype(jnp.int32).sum(),
         }

@@ -49,8 +49,8 @@ def test_without_training_answers_there_is_still_a_guess():
 
 README = {
     "caption": 0.15, "caption_match": 0.27, "chart_qa": 0.10, "count": 0.34, "existence": 0.55, "fine_grained": 0.31,
-    "handwriting": 0.29, "object_mc": 0.33, "object_short": 0.02, "ocr_read": 0.03, "receipt_qa": 0.04, "table_qa": 0.11,
-    "text_only": 0.00, "verify_statement": 0.56, "vqa_short": 0.20,
+    "handwriting": 0.29, "object_mc": 0.33, "object_short": 0.02, "ocr_read": 0.03, "receipt_qa": 0.04,
+    "table_qa": 0.11, "text_only": 0.00, "verify_statement": 0.56, "vqa_short": 0.20,
 }  # fmt: skip
 
 

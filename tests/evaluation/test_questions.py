@@ -43,7 +43,7 @@ def test_no_folder_and_no_files(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         questions.from_folder(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no <task>.jsonl"):
+    with pytest.raises(UserError, match=r"holds no <task>\.jsonl"):
         questions.from_folder(tmp_path / "empty")
 
 

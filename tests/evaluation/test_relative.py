@@ -1,4 +1,4 @@
-"""Rel. % and its intervals: against hand sums, brute-force resampling, known coverage; words when nothing can be ranked."""
+"""Rel. % and its intervals: hand sums, brute-force resampling, known coverage, and words when nothing can be ranked."""
 
 import json
 import time
@@ -13,8 +13,8 @@ from coincide_jax.evaluation import relative
 def lines(scores, tasks=2, blind=0.1, per_image=1):
     """Answer lines of f[Q] scores, tasks in turn, `per_image` neighbours on one image."""
     return [
-        {"id": f"q{i}", "task": f"t{i % tasks}", "image": f"im{i // per_image}", "metric": "exact", "score": float(score),
-         "blind_score": blind if np.isscalar(blind) else float(blind[i])}
+        {"id": f"q{i}", "task": f"t{i % tasks}", "image": f"im{i // per_image}", "metric": "exact",
+         "score": float(score), "blind_score": blind if np.isscalar(blind) else float(blind[i])}
         for i, score in enumerate(scores)
     ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from coincide_jax.dataset.drawn.pictures import draw as draw_picture
 VERSION = 1
 NEAR_DUPLICATES = 0.04  # share of the train records that repeat another one, the picture drawn anew
 WRONG = 0.02  # share of the train records with another record's answer
-COUNTS = (1, 1, 1, 2, 2, 3)  # shapes of a scene that nobody counts
+COUNTS = (1, 1, 1, 1, 2, 2, 3)  # shapes of a scene that nobody counts
 
 
 def draw(folder: pathlib.Path, keys) -> pathlib.Path:

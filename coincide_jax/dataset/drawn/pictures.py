@@ -71,7 +71,7 @@ def scene(rng: np.random.Generator, count: int) -> Picture:
         cells = [pick(rng, BETWEEN)]
     else:
         cells = [CORNERS[i] for i in rng.permutation(4)[:count]]
-    sizes = rng.integers(17, 21, size=count)
+    sizes = rng.integers(18, 21, size=count)
     items = [
         Item(SHAPES[s], names[c], cell, int(size))
         for s, c, cell, size in zip(shapes[:count], colours[:count], cells, sizes, strict=True)
@@ -80,28 +80,28 @@ def scene(rng: np.random.Generator, count: int) -> Picture:
 
 
 def draw(picture: Picture, rng: np.random.Generator) -> Image.Image:
-    """Draws a picture: jitter of up to two pixels, a dark background of its own grey, noise on every pixel."""
+    """Draws a picture: jitter of one pixel, a dark background of its own grey, noise on every pixel."""
     grey = int(rng.integers(20, 80))
     image = Image.new("RGB", (SIDE, SIDE), (grey, grey, grey))
     canvas = ImageDraw.Draw(image)
-    jitter = rng.integers(-2, 3, size=(max(len(picture.items), 1), 2))
+    jitter = rng.integers(-1, 2, size=(max(len(picture.items), 1), 2))
     for item, (dx, dy) in zip(picture.items, jitter, strict=False):
         middle = (QUARTER * (item.cell[0] + 1) + int(dx), QUARTER * (item.cell[1] + 1) + int(dy))
         _shape(canvas, item, *middle, COLOURS[item.colour], (grey, grey, grey))
     if picture.text:
         place = (SIDE // 2 + int(jitter[0, 0]), SIDE // 2 + int(jitter[0, 1]))
-        canvas.text(place, picture.text, fill=COLOURS[picture.colour], font=_font(), anchor="mm")
+        canvas.text(place, picture.text, fill=COLOURS[picture.colour], font=_font(), anchor="mm", stroke_width=0.6)
     if picture.digit is not None:
-        ink = Image.fromarray(np.uint8(255 * picture.digit)).resize((36, 36), Image.Resampling.BICUBIC)
+        ink = Image.fromarray(np.uint8(255 * picture.digit)).resize((44, 44), Image.Resampling.BICUBIC)
         full = Image.new("RGB", ink.size, COLOURS[picture.colour])
-        image.paste(full, (6 + int(jitter[0, 0]), 6 + int(jitter[0, 1])), mask=ink)
+        image.paste(full, (2 + int(jitter[0, 0]), 2 + int(jitter[0, 1])), mask=ink)
     noise = rng.integers(-8, 9, size=(SIDE, SIDE, 3), dtype=np.int16)
     return Image.fromarray(np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8))
 
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(19)
+    return ImageFont.load_default(20)
 
 
 @functools.cache

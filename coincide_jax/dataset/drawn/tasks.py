@@ -36,6 +36,7 @@ BASE_SHARES = dict(
     caption=30, color=8, shape=8, existence=7, count=6, position=6, choice=7, read_word=9, digit=7, compare=4,
     box=3, text_only=4, conversation=1,
 )  # fmt: skip
+INKS = ("white", "yellow", "cyan")  # of words and digits: bright enough to be read on any background
 EVAL_TASKS = tuple(sorted(set(TRAIN_SHARES) - {"conversation"}))  # the twelve
 ON_SCENES = ("color", "shape", "count", "position", "existence", "choice", "caption", "box", "conversation")
 
@@ -68,7 +69,7 @@ def alone(task: str, part: str, rng: np.random.Generator) -> tuple[Picture | Non
         row = 5 * int(rng.integers(len(labels) // 5)) + pick(rng, rest)
         question = pick(rng, ("Which digit is written?", "What digit is this?"))
         name = str(labels[row])
-        picture = Picture(digit=images[row], colour=pick(rng, tuple(COLOURS)))
+        picture = Picture(digit=images[row], colour=pick(rng, INKS))
         return picture, Asked(((question, name),), "number", f"digit {name}", "read_digit")
     if task == "compare":
         return pick(rng, (_same_colour, _bigger, _sum))(rng)
@@ -152,7 +153,7 @@ ASKERS = dict(
 
 
 def _written(text: str, rng: np.random.Generator) -> Picture:
-    return Picture(text=text.upper() if text.isalpha() else text, colour=pick(rng, tuple(COLOURS)))
+    return Picture(text=text.upper() if text.isalpha() else text, colour=pick(rng, INKS))
 
 
 def _same_colour(rng) -> tuple[Picture, Asked]:

@@ -1,0 +1,306 @@
+"""The training loop on a model of width 32: same numbers on any mesh, after any stop, with each shape compiled once."""
+
+import collections
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from coincide_jax import curriculum, training
+from coincide_jax.core import artifacts, axes
+from coincide_jax.core.errors import UserError
+from coincide_jax.dataset import batches
+from coincide_jax.dataset.conversation import Encoded
+from coincide_jax.kernels import bandits
+from coincide_jax.models import layers, vlm
+from coincide_jax.training import loop, stages
+from coincide_jax.training.state import Recipe, rate
+from configs import common
+
+MODEL = {
+    "vision": {"patch": 8, "width": 32, "depth": 1, "heads": 2, "mlp": 32},
+    "decoder": {"width": 32, "depth": 2, "heads": 2, "kv_heads": 1, "mlp": 32},
+}
+CFG = vlm.VLMConfig.tiny(MODEL, 16, 64)
+RECORDS, ARMS = 40, 3
+SAMPLER = curriculum.make(ConfigDict({"name": "coincide_plus", "gamma": 0.2, "mu": 0.5}))
+
+
+class Synthetic:
+    """Records of random tokens; every fifth one is text only. What `batches.planned` asks of a data set."""
+
+    image_size = 16
+    buckets = (16, 24)
+
+    def bucket(self, length: int) -> int:
+        return next(bucket for bucket in self.buckets if length <= bucket)
+
+    def row(self, index: int):
+        if index < 0:
+            return index
+        rng = np.random.default_rng(index)
+        length, image = int(rng.integers(10, 25)), index % 5 != 0
+        labels = np.arange(length) >= length - 1 - index % 4
+        tokens = rng.integers(4, 64, length).astype(np.int32)
+        encoded = Encoded(tokens=tokens, image_start=2 if image else -1, labels=labels, text=np.ones(length, bool))
+        return index, encoded, rng.integers(0, 256, (16, 16, 3)).astype(np.uint8) if image else None
+
+
+def recipe(**changes) -> Recipe:
+    sizes = {"batch": 8, "micro_batch": 8, "checkpoint_every": 4, "learning_rate": 3e-3}
+    return Recipe.from_config(common.recipe(**sizes | changes), "train")
+
+
+def begin(mesh, cfg=CFG):
+    return layers.init(vlm.abstract(cfg), jax.random.key(1), mesh)
+
+
+def fit(out, mesh, *, params=None, sampler=SAMPLER, total=RECORDS, lag=0, round_steps=3, records=RECORDS, **changes):
+    """A run of five steps in rounds of three."""
+    with jax.set_mesh(mesh), training.Termination() as stop:
+        return training.fit(
+            name="train",
+            params=begin(mesh) if params is None else params,
+            cfg=CFG,
+            dataset=Synthetic(),
+            members={"records": np.arange(records), "arm": np.arange(records) % ARMS, "arms": ARMS},
+            sampler=sampler,
+            total_records=total,
+            recipe=recipe(**changes),
+            round_steps=round_steps,
+            lag=lag,
+            threads=2,
+            mesh=mesh,
+            out=out,
+            stop=stop,
+        )
+
+
+def lines(out, name="metrics.jsonl"):
+    """The lines of a file without the times."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in artifacts.read_jsonl(out / name)]
+
+
+def one_device():
+    return axes.make_mesh(devices=jax.devices()[:1])
+
+
+def assert_equal(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Parameters and folder of whole runs, by lag."""
+    found = {}
+    for lag in (0, 1):
+        out = tmp_path_factory.mktemp(f"lag{lag}")
+        found[lag] = jax.device_get(fit(out, one_device(), lag=lag)[0]), out
+    return found
+
+
+def test_three_steps_are_the_same_on_1_and_8_devices(tmp_path, undisturbed):
+    params, summary = fit(tmp_path, axes.make_mesh(2))  # 4 × 2: rows, weights and heads are all shared
+    there, here = lines(tmp_path), lines(undisturbed[0][1])
+    for key in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([row[key] for row in there[:3]], [row[key] for row in here[:3]], rtol=1e-5)
+    assert [row["tokens"] for row in there] == [row["tokens"] for row in here] and summary["records"] == RECORDS
+    assert len(params["decoder"]["head"].sharding.device_set) == 8
+
+
+def test_loss_is_the_mean_over_the_tokens_of_the_step_before_its_update(undisturbed):
+    out, mesh = undisturbed[0][1], one_device()
+    assert sum(lines(out, "curriculum.jsonl")[0]["draws"]) == 24
+    with jax.set_mesh(mesh):
+        params, data, nll, tokens = begin(mesh), Synthetic(), 0.0, 0
+        scores_of = jax.jit(lambda params, batch: vlm.logits(params, vlm.forward(params, batch, CFG).hidden, CFG))
+        for batch in next(batches.planned(data, np.arange(8)[None], micro=8, threads=1)):
+            logits = np.asarray(scores_of(params, axes.put_batch(batch, mesh)), np.float64)
+            for row in range(8):
+                for t in np.flatnonzero(batch["labels"][row]):
+                    scores = logits[row, t - 1]
+                    nll += np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[batch["tokens"][row, t]]
+                    tokens += 1
+    single = out.parent / "single"
+    single.mkdir()
+    fit(single, mesh, sampler=bandits.UNIFORM, total=8, records=8)
+    line = lines(single)[0]
+    assert line["tokens"] == tokens
+    np.testing.assert_allclose(line["loss"], nll / tokens, rtol=1e-5)
+
+
+def test_micro_batches_add_up(tmp_path, undisturbed):
+    params, _ = fit(tmp_path, one_device(), micro_batch=2)
+    for row, other in zip(lines(tmp_path), lines(undisturbed[0][1]), strict=True):
+        np.testing.assert_allclose(row["loss"], other["loss"], rtol=2e-5)
+    np.testing.assert_allclose(params["projector"]["w1"], undisturbed[0][0]["projector"]["w1"], atol=1e-4)
+
+
+def test_each_bucket_compiles_once(tmp_path, monkeypatch):
+    traced, forward = collections.Counter(), vlm.forward
+
+    def counting(params, batch, *args, **options):
+        traced[batch["tokens"].shape] += 1
+        return forward(params, batch, *args, **options)
+
+    monkeypatch.setattr(vlm, "forward", counting)
+    fit(tmp_path, one_device(), micro_batch=4)
+    assert traced == {(4, 16): 1, (4, 24): 1}
+
+
+def interrupt(monkeypatch, at: int, action):
+    """Does `action` before optimiser step number `at` of the next run."""
+    original = loop.compiled.compile_steps
+
+    def wrapped(*args):
+        run, done = original(*args), []
+
+        def apply(state, accumulator):
+            done.append(0)
+            if len(done) == at:
+                action()
+            return run.apply(state, accumulator)
+
+        return run._replace(apply=apply)
+
+    monkeypatch.setattr(loop.compiled, "compile_steps", wrapped)
+
+
+@pytest.mark.parametrize(("lag", "at"), [(0, 3), (1, 2)])
+def test_sigterm_saves_and_the_rerun_ends_bitwise_the_same(tmp_path, undisturbed, monkeypatch, capsys, lag, at):
+    with monkeypatch.context() as patch:
+        interrupt(patch, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            fit(tmp_path, one_device(), lag=lag)
+    assert stopped.value.code == 143 and len(lines(tmp_path)) == at
+    assert f"saved at step {at} of 5" in capsys.readouterr().out
+    params, _ = fit(tmp_path, one_device(), lag=lag)
+    assert f"goes on at step {at} of 5" in capsys.readouterr().out
+    assert_equal(jax.device_get(params), undisturbed[lag][0])
+    for name in ("metrics.jsonl", "curriculum.jsonl"):
+        assert lines(tmp_path, name) == lines(undisturbed[lag][1], name)
+
+
+def test_a_kill_after_the_last_checkpoint_loses_nothing(tmp_path, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(tmp_path, one_device())
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 77.0}\n{"step": 6, "lo')  # written after the checkpoint, the last one torn
+    params, _ = fit(tmp_path, one_device())
+    assert_equal(jax.device_get(params), undisturbed[0][0])
+    assert lines(tmp_path) == lines(undisturbed[0][1])
+
+
+def test_lag_one_draws_a_round_earlier(undisturbed):
+    early, late = (lines(undisturbed[lag][1], "curriculum.jsonl") for lag in (1, 0))
+    assert [row["drawn_at"] for row in late] == [0, 3]
+    assert [row["drawn_at"] for row in early] == [0, 0, 3]
+    assert late[0]["probabilities"] == early[0]["probabilities"] == early[1]["probabilities"]
+    assert late[1]["probabilities"] != late[0]["probabilities"]
+
+
+def test_a_folder_of_another_run_is_refused(undisturbed):
+    with pytest.raises(UserError, match=r"holds a run with seed = 0, now 1; take another folder"):
+        fit(undisturbed[0][1], one_device(), seed=1)
+
+
+def test_lora_trains_adapters_and_projector_and_leaves_the_base_alone(tmp_path):
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        params = begin(mesh)
+        before = jax.device_get(params)
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ("wq", "down")}
+    merged, summary = fit(tmp_path, mesh, params=params, mode="lora", lora=lora, projector_learning_rate=1e-2)
+    assert_equal(jax.device_get(params), before)
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(merged), jax.tree.leaves(before), strict=True)
+        if not np.array_equal(new, old)
+    }
+    assert changed == {"decoder.blocks.wq", "decoder.blocks.down"} | {
+        f"projector.{name}" for name in ("w1", "b1", "w2", "b2")
+    }
+    assert np.isfinite(summary["loss"])
+
+
+def test_the_projector_has_its_own_learning_rate(tmp_path):
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        params = begin(mesh)
+    trained, _ = fit(tmp_path, mesh, params=params, projector_learning_rate=0.0)
+    assert_equal(trained["projector"], params["projector"])
+    assert not np.array_equal(trained["vision"]["patch"], params["vision"]["patch"])
+
+
+def test_a_last_step_with_empty_slots_counts_only_its_records(tmp_path):
+    _, summary = fit(tmp_path, one_device(), total=19, micro_batch=4)
+    assert [row["records"] for row in lines(tmp_path)] == [8, 8, 3] and summary["records"] == 19
+    assert all(np.isfinite(row["loss"]) for row in lines(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"train: loss .* at step \d \(steps 1–\d were checked\)"):
+        fit(tmp_path, one_device(), learning_rate=1e30, clip=1e30)
+
+
+def test_rate_rises_over_the_warm_up_and_falls_to_zero():
+    at = rate(2.0, recipe(warmup=0.25), 16)
+    values = np.asarray([at(jnp.int32(step)) for step in range(17)])
+    np.testing.assert_allclose(values[:5], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+    assert (np.diff(values[4:]) < 0).all() and abs(values[16]) < 1e-6
+
+
+def test_recipe_mistakes_are_sentences():
+    for changes, sentence in (
+        ({"mode": "loro"}, r"unknown train.mode 'loro'; did you mean 'lora'"),
+        ({"micro_batch": 3}, r"train.micro_batch is 3; expected a divisor of train.batch = 8"),
+        ({"clip": 0.0}, r"train.clip is 0.0; expected a number above 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            recipe(**changes)
+
+
+def row(tmp_path, **changes):
+    """A config and the folders of a row over a pool of 20 records in 4 clusters."""
+    config = common.defaults()
+    config.update_from_flattened_dict({f"curriculum.{key}": value for key, value in changes.items()})
+    for name, indices in (("select", [3, 5, 7]), ("match", [3, 5, 7, 9, 11, 13])):
+        artifacts.write_npy(tmp_path / name / "indices.npy", np.asarray(indices))
+    artifacts.write_npy(tmp_path / "cluster" / "centroids.npy", np.eye(4, 8, dtype=np.float32))
+    artifacts.write_npy(tmp_path / "cluster" / "assignment.npy", np.arange(24, dtype=np.int32) % 4)
+    return config, {name: tmp_path / name for name in ("select", "match", "cluster")}, {"pool": list(range(20))}
+
+
+def test_what_a_row_may_draw_and_how_much(tmp_path):
+    config, inputs, split = row(tmp_path)
+    records, total = stages._records(config, inputs, split)
+    assert records.tolist() == [3, 5, 7] and total == 3
+    config, inputs, split = row(tmp_path, pool="all")
+    assert stages._records(config, inputs, split)[1] == 20  # the full row is never cut
+    config, inputs, split = row(tmp_path, pool="all", name="exp3")
+    assert stages._records(config, inputs, split)[1] == 6  # as many as the headline's coreset
+    del inputs["match"]
+    assert stages._records(config, inputs, split)[1] == 4  # a fifth
+    config.curriculum.pool = "al"
+    with pytest.raises(UserError, match=r"unknown curriculum.pool 'al'; did you mean 'all'"):
+        stages._records(config, inputs, split)
+
+
+def test_arms_are_the_clusters_or_fewer(tmp_path):
+    config, inputs, _ = row(tmp_path)
+    records = np.arange(20)
+    arm, arms = stages._arms(records, config, inputs, tmp_path)
+    assert arms == 4 and arm.tolist() == (records % 4).tolist()
+    config.curriculum.k = 2
+    with jax.set_mesh(one_device()):
+        arm, arms = stages._arms(records, config, inputs, tmp_path)
+    assert arms == 2 and set(arm) == {0, 1} and all(len(set(arm[c::4])) == 1 for c in range(4))
+    config.curriculum.k = 5
+    with pytest.raises(UserError, match=r"curriculum.k is 5; expected 0 \(the clusters\) or 1 to 4"):
+        stages._arms(records, config, inputs, tmp_path)
