@@ -17,6 +17,7 @@ setup(
         "flax",
         "grain>=0.2.18",
         "jinja2",
+        "markupsafe",
         "matplotlib",
         "ml-collections>=1.1",
         "numpy",

@@ -29,8 +29,8 @@ class Leaf:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical names, one a dimension
-    init: str  # normal | zeros | ones
-    std: float  # of 'normal'
+    init: str  # normal | uniform | zeros | ones
+    std: float  # of 'normal'; half the width of 'uniform'
     source: str  # tensor name in a Hugging Face file
     inputs: int
     source_shape: tuple[int, ...]
@@ -89,8 +89,10 @@ def init(abstract, key: jax.Array, mesh: Mesh):
 
     def draw(key: jax.Array):
         def one(path, leaf: Leaf) -> jax.Array:
-            if leaf.init == "normal":
+            if leaf.init in ("normal", "uniform"):
                 own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+                if leaf.init == "uniform":
+                    return jax.random.uniform(own, leaf.shape, jnp.float32, -leaf.std, leaf.std)
                 return jax.random.normal(own, leaf.shape, jnp.float32) * leaf.std
             return {"zeros": jnp.zeros, "ones": jnp.ones}[leaf.init](leaf.shape, jnp.float32)
 
