@@ -151,13 +151,10 @@ def run(
     adapters, scale, dropout = lora if lora is not None else (None, 0.0, 0.0)
     count = jax.tree.leaves(params["blocks"])[0].shape[0] if num_layers is None else num_layers
     keys = None if dropout_key is None or dropout == 0.0 else jax.random.split(dropout_key, count)
-    if adapters is not None and num_layers is not None:
-        raise ValueError("LoRA and num_layers do not go together: merge the adapters first")
-
     rows, length, width = x.shape
 
     def block(x, layer, own):
-        adapter, key, kept = own
+        (layer, adapter), (key, kept) = layer, own
         weights = use({name: layer[name] for name in PROJECTIONS}, x.dtype)
         local = None if adapter is None else (use(adapter, x.dtype), scale, dropout)
         h = rms_norm(x, layer["norm1"], cfg.norm_eps)
@@ -176,10 +173,26 @@ def run(
     # rows and positions as one axis: the gradient of a weight is then a plain product of two matrices, without which
     # XLA transposes every activation (measured on a CPU: 1.6 times the time)
     flat = x.reshape(rows * length, width)
-    flat, (taps, cache) = run_blocks(
-        block, flat, params["blocks"], (adapters, keys, past), num_layers=num_layers, remat=remat
-    )
+    stacked = (params["blocks"], adapters)
+    flat, (taps, cache) = run_blocks(block, flat, stacked, (keys, past), num_layers=num_layers, remat=remat)
     return Output(flat.reshape(rows, length, width), taps, cache)
+
+
+def cached_attention(bias: jax.Array):
+    """`attend` for one new position a row: f32[b, s] bias over the slots of the cache, past = (keys, values) [b, s, k, d]
+    of the layer. The new key and value take part beside the cache, which is only read."""
+
+    def attend(q, k, v, past):
+        q = q * q.shape[-1] ** -0.5
+        old, new = (
+            jnp.einsum("btkgd,bskd->bkgts", q, keys, preferred_element_type=jnp.float32) for keys in (past[0], k)
+        )
+        scores = jnp.concatenate([old + bias[:, None, None, None], new], axis=-1)
+        weight = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        old = jnp.einsum("bkgts,bskd->btkgd", weight[..., :-1], past[1])
+        return old + jnp.einsum("bkgts,bskd->btkgd", weight[..., -1:], v)
+
+    return attend
 
 
 def full_attention(bias: jax.Array):

@@ -1,53 +1,58 @@
-"""Export: parameters as a Hugging Face folder in the published llava-hf layout. The only file of `models/` that touches disk.
+"""Exchange with Hugging Face: parameters out, as a folder that `LlavaForConditionalGeneration.from_pretrained` reads.
 
-Every leaf says its tensor's name and shape; stacked leaves are cut into layers, inputs go behind outputs.
+Tensor names are those of the published llava-hf checkpoints.
 """
 
-import json
-import math
-import os
 import pathlib
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from coincide_jax.core.artifacts import atomic, write_json
+from coincide_jax.core.errors import UserError
 from coincide_jax.models import vlm
 from coincide_jax.models.layers import Leaf, is_leaf
+from coincide_jax.models.vision import SOURCE as VISION
+from coincide_jax.models.vlm import VLMConfig
 
 
-def tensors(params: dict, cfg: vlm.VLMConfig) -> dict[str, np.ndarray]:
-    """`{Hugging Face name: float32 array}` of a whole tree."""
-    described = jax.tree.leaves(vlm.abstract(cfg), is_leaf=is_leaf)
-    arrays = jax.tree.leaves(jax.device_get(params))
-    out = {}
-    for leaf, array in zip(described, arrays, strict=True):
-        if leaf.axes[:1] == ("layer",):
-            for layer, part in enumerate(array):
-                out[leaf.source.format(layer=layer)] = _turned(leaf, part)
-        else:
-            out[leaf.source] = _turned(leaf, array)
-    return out
+def to_source(leaf: Leaf, array: np.ndarray) -> dict[str, np.ndarray]:
+    """One of our parameters as the file's tensors: unstacked, outputs before inputs."""
+    stacked = leaf.axes[0] == "layer"
+    tensors = {}
+    for layer, part in enumerate(array if stacked else array[None]):
+        order = (*range(leaf.inputs, part.ndim), *range(leaf.inputs))
+        name = leaf.source.format(layer=layer)
+        tensors[name] = np.ascontiguousarray(part.transpose(order).reshape(leaf.source_shape), dtype=np.float32)
+    return tensors
 
 
-def _turned(leaf: Leaf, array: np.ndarray) -> np.ndarray:
-    """Inputs behind outputs, then the file's shape."""
-    ins = math.prod(array.shape[: leaf.inputs])
-    flat = array.reshape(ins, -1).T if leaf.inputs else array
-    return np.ascontiguousarray(flat.reshape(leaf.source_shape))
+def tensors(params: dict, cfg: VLMConfig) -> dict[str, np.ndarray]:
+    """Every tensor of the file, float32, by name."""
+    leaves = jax.tree.leaves(vlm.abstract(cfg), is_leaf=is_leaf)
+    found = {}
+    for leaf, array in zip(leaves, jax.tree.leaves(params), strict=True):
+        found |= to_source(leaf, np.asarray(jax.device_get(array)))
+    # CLIP's closing norm is in the file but not in the way of the features
+    found[f"{VISION}.post_layernorm.weight"] = np.ones(cfg.vision.width, np.float32)
+    found[f"{VISION}.post_layernorm.bias"] = np.zeros(cfg.vision.width, np.float32)
+    return found
 
 
-def configuration(cfg: vlm.VLMConfig) -> dict:
-    """What `config.json` of a LlavaForConditionalGeneration folder says."""
+def config_json(cfg: VLMConfig, image_token_id: int) -> dict:
+    """config.json of a LlavaForConditionalGeneration that computes what `vlm.forward` computes."""
     eye, text = cfg.vision, cfg.decoder
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
+        "image_token_index": image_token_id,
         "image_seq_length": cfg.image_tokens,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default" if eye.class_token else "full",
-        "image_token_index": text.vocab,  # one past the vocabulary: no text token stands for an image here
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": text.tied,
+        "dtype": "float32",
         "vision_config": {
             "model_type": "clip_vision_model",
             "hidden_size": eye.width,
@@ -58,6 +63,7 @@ def configuration(cfg: vlm.VLMConfig) -> dict:
             "patch_size": eye.patch,
             "hidden_act": eye.activation,
             "layer_norm_eps": eye.norm_eps,
+            "projection_dim": eye.width,
         },
         "text_config": {
             "model_type": "llama",
@@ -70,18 +76,24 @@ def configuration(cfg: vlm.VLMConfig) -> dict:
             "head_dim": text.head_dim,
             "rms_norm_eps": text.norm_eps,
             "rope_theta": text.rope_theta,
+            "hidden_act": "silu",
+            "attention_bias": False,
             "tie_word_embeddings": text.tied,
         },
-        "tie_word_embeddings": text.tied,
-        "torch_dtype": "float32",
     }
 
 
-def export(params: dict, cfg: vlm.VLMConfig, out: pathlib.Path) -> None:
-    """Writes model.safetensors and config.json into `out`, each whole or not at all."""
-    temporary = out / ".model.safetensors.tmp"
-    save_file(tensors(params, cfg), temporary, metadata={"format": "pt"})
-    os.replace(temporary, out / "model.safetensors")
-    temporary = out / ".config.json.tmp"
-    temporary.write_text(json.dumps(configuration(cfg), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "config.json")
+def export(params: dict, cfg: VLMConfig, out: pathlib.Path, *, image_token_id: int = 0) -> None:
+    """Writes `out`/model.safetensors and `out`/config.json.
+
+    image_token_id: the id that stands at the image's positions; ours is the padding id, so prompts are to be handed over
+    unpadded or another id given.
+
+    Raises:
+      UserError: a vision tower that CLIP's classes cannot hold.
+    """
+    if not cfg.vision.class_token:
+        raise UserError("a vision tower without class token cannot be exported as CLIP; expected class_token=True")
+    with atomic(pathlib.Path(out) / "model.safetensors") as path:
+        save_file(tensors(params, cfg), path, metadata={"format": "pt"})
+    write_json(pathlib.Path(out) / "config.json", config_json(cfg, image_token_id))

@@ -152,12 +152,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
     return jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
-def run_blocks(block, x: jax.Array, blocks: dict, per_layer, *, num_layers: int | None = None, remat: bool = False):
-    """Runs stacked blocks. `block(x, params of one layer, its part of per_layer) -> (x, out)`; returns (x, stacked outs).
+def run_blocks(block, x: jax.Array, stacked, per_layer, *, num_layers: int | None = None, remat: bool = False):
+    """Runs stacked blocks. `block(x, one layer of stacked, its part of per_layer) -> (x, out)`; returns (x, stacked outs).
 
-    With fewer `num_layers` than are held, layers are picked by index: slicing the stack would copy it.
+    With fewer `num_layers` than are held, layers are picked by index (slicing the stack would copy it); `per_layer` has
+    one entry a layer that runs.
     """
-    held = jax.tree.leaves(blocks)[0].shape[0]
+    held = jax.tree.leaves(stacked)[0].shape[0]
     count = held if num_layers is None else num_layers
     if not 0 < count <= held:
         raise ValueError(f"num_layers is {num_layers}, the parameters hold {held} layers")
@@ -165,10 +166,10 @@ def run_blocks(block, x: jax.Array, blocks: dict, per_layer, *, num_layers: int 
     def body(x, entry):
         layer, own = entry
         if count < held:
-            layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), blocks)
+            layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked)
         return block(x, layer, own)
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    layers = blocks if count == held else jnp.arange(count)
+    layers = stacked if count == held else jnp.arange(count)
     return jax.lax.scan(body, x, (layers, per_layer), unroll=count if count <= UNROLL_UP_TO else 1)

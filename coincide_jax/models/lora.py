@@ -1,9 +1,8 @@
-"""LoRA (arXiv 2106.09685) as a tree of its own: W + scale · A B on chosen products of the decoder, scale = alpha / rank.
+"""LoRA (arXiv 2106.09685) on the decoder's products, as a tree of its own: {target: {"a": [l, …, r], "b": [l, r, …]}}.
 
-A is drawn Kaiming-uniform (a = √5, which is uniform within ±1/√inputs), B is zero, so a fresh adapter changes nothing.
+`vlm.forward(..., lora=(adapters, scale, dropout))` adds scale · dropout(x) A B to each target; scale = alpha / rank.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -11,44 +10,43 @@ import jax.numpy as jnp
 
 from coincide_jax.core.errors import unknown
 from coincide_jax.models import decoder
-from coincide_jax.models.decoder import AXES, PROJECTIONS
-from coincide_jax.models.layers import Leaf, stack
+from coincide_jax.models.layers import init, matrix
 from coincide_jax.models.vlm import VLMConfig
+
+__all__ = ["abstract", "init", "merge"]
 
 
 def abstract(cfg: VLMConfig, rank: int, targets: Sequence[str]) -> dict:
-    """`{projection: {'a': [l, inputs…, r], 'b': [l, r, outputs…]}}` as `layers.Leaf`s.
+    """The adapters' parameters; A as PEFT draws it (variance 1/(3·inputs)), B zero: at first nothing is changed.
 
     Raises:
-      UserError: a target that is no projection of the decoder.
+      UserError: a target that is no product of the decoder.
     """
-    size, tree = decoder.sizes(cfg.decoder), {}
+    size, depth, tree = decoder.sizes(cfg.decoder), cfg.decoder.depth, {}
     for name in targets:
-        if name not in PROJECTIONS:
-            raise unknown("LoRA target", name, PROJECTIONS)
-        inputs, outputs = ([size[letter] for letter in letters] for letters in PROJECTIONS[name])
-        ins, outs = ([AXES[letter] for letter in letters] for letters in PROJECTIONS[name])
-        source = f"{decoder.SOURCE}.layers.{{layer}}.{decoder.NAMES[name]}"
-        fan_in, fan_out = math.prod(inputs), math.prod(outputs)
-        a = Leaf((*inputs, rank), (*ins, "rank"), "uniform", fan_in**-0.5, f"{source}.lora_A.weight", len(ins), (rank, fan_in))
-        b = Leaf((rank, *outputs), ("rank", *outs), "zeros", 0.0, f"{source}.lora_B.weight", 1, (fan_out, rank))
-        tree[name] = {"a": stack(a, cfg.decoder.depth), "b": stack(b, cfg.decoder.depth)}
+        if name not in decoder.PROJECTIONS:
+            raise unknown("LoRA target", name, decoder.PROJECTIONS)
+        inputs, outputs = (
+            {decoder.AXES[letter]: size[letter] for letter in letters} for letters in decoder.PROJECTIONS[name]
+        )
+        source = f"base_model.model.{decoder.SOURCE}.layers.{{layer}}.{decoder.NAMES[name]}"
+        fan_in = 1
+        for count in inputs.values():
+            fan_in *= count
+        tree[name] = {
+            "a": matrix(inputs, {"rank": rank}, f"{source}.lora_A.weight", std=(3 * fan_in) ** -0.5, layers=depth),
+            "b": matrix({"rank": rank}, outputs, f"{source}.lora_B.weight", std=0.0, layers=depth),
+        }
     return tree
 
 
-@jax.jit
 def merge(params: dict, adapters: dict, scale: float) -> dict:
-    """The whole tree with `scale` · A B added to the weights that have adapters; the argument stays as it is."""
-
-    def added(name: str, weight: jax.Array) -> jax.Array:
-        inputs, outputs = PROJECTIONS[name]
-        where = jax.typeof(weight).sharding
+    """Parameters whose plain forward pass is that of `params` with the adapters (without dropout)."""
+    blocks = dict(params["decoder"]["blocks"])
+    for name, pair in adapters.items():
+        inputs, outputs = decoder.PROJECTIONS[name]
         change = jnp.einsum(
-            f"l{inputs}r,lr{outputs}->l{inputs}{outputs}", adapters[name]["a"], adapters[name]["b"],
-            precision=jax.lax.Precision.HIGHEST, out_sharding=None if where.mesh.empty else where,
-        )  # fmt: skip
-        return weight + scale * change
-
-    blocks = params["decoder"]["blocks"]
-    merged = blocks | {name: added(name, blocks[name]) for name in adapters}
-    return params | {"decoder": params["decoder"] | {"blocks": merged}}
+            f"l{inputs}r,lr{outputs}->l{inputs}{outputs}", pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST
+        )
+        blocks[name] = blocks[name] + scale * change
+    return params | {"decoder": params["decoder"] | {"blocks": blocks}}
