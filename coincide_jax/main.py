@@ -4,12 +4,13 @@ python -m coincide_jax.main --config=configs/demo.py [--config.KEY=VALUE …] [-
 """
 
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from coincide_jax import pipeline
@@ -76,6 +77,7 @@ def find_sweep(argv: Sequence[str]) -> Callable | None:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the pipeline of the parsed flags."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)
     mesh = axes.make_mesh(config.device.model_parallel)
@@ -85,8 +87,18 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
+def keep_compiled() -> None:
+    """Compiled programs outlive the process, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "coincide_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def cli() -> None:
     """Entry point: a user's mistake ends in one sentence and exit status 2."""
+    keep_compiled()
 
     def guarded(action: Callable):
         def call(argv):

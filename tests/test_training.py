@@ -18,7 +18,7 @@ from coincide_jax.dataset.conversation import Encoded
 from coincide_jax.kernels import bandits
 from coincide_jax.models import layers, vlm
 from coincide_jax.training import loop, stages
-from coincide_jax.training.state import Recipe, rate
+from coincide_jax.training.state import Recipe, Schedule
 from configs import common
 
 MODEL = {
@@ -159,11 +159,11 @@ def interrupt(monkeypatch, at: int, action):
     def wrapped(*args):
         run, done = original(*args), []
 
-        def apply(state, accumulator):
+        def apply(*arguments):
             done.append(0)
             if len(done) == at:
                 action()
-            return run.apply(state, accumulator)
+            return run.apply(*arguments)
 
         return run._replace(apply=apply)
 
@@ -250,8 +250,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_rate_rises_over_the_warm_up_and_falls_to_zero():
-    at = rate(2.0, recipe(warmup=0.25), 16)
-    values = np.asarray([at(jnp.int32(step)) for step in range(17)])
+    schedule = Schedule.of(recipe(warmup=0.25, learning_rate=2.0), 16)
+    values = np.asarray([schedule.peak * schedule.factor(jnp.int32(step)) for step in range(17)])
     np.testing.assert_allclose(values[:5], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
     assert (np.diff(values[4:]) < 0).all() and abs(values[16]) < 1e-6
 

@@ -1,7 +1,7 @@
 """The mesh, and the one table that says which logical axis lies on which mesh axis.
 
-Mesh axes are Explicit: the sharding is part of an array's type. Rows of a batch are shared by 'data'; weights are shared
-by 'data' too (FSDP) and gathered one block at a time by `use`; heads, MLP columns and vocabulary are shared by 'model'.
+Mesh axes are Explicit: the sharding is part of an array's type. Rows of a batch are shared by 'data'; weights are
+shared by 'data' too (FSDP) and gathered one block at a time by `use`; heads, MLP columns and vocabulary by 'model'.
 """
 
 from collections.abc import Sequence

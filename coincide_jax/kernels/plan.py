@@ -71,7 +71,7 @@ def draw_plan(
     member: Members,
     position: Position,
     first: jax.Array,
-    total: int,
+    total: jax.Array,
     steps: int,
     batch: int,
 ) -> tuple[Plan, Position]:

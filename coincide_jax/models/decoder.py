@@ -108,7 +108,7 @@ def causal_bias(length: int) -> jax.Array:
 
 
 def project(name: str, x: jax.Array, weights: dict, lora, key) -> jax.Array:
-    """One of `PROJECTIONS` of x [n, inputs…], with its LoRA (arXiv 2106.09685) if it has one: x W + scale · dropout(x) A B.
+    """One of `PROJECTIONS` of x [n, inputs…]: x W, and + scale · dropout(x) A B if it has a LoRA (arXiv 2106.09685).
 
     lora: (adapters of this layer, scale, dropout) or None; key: of this layer's dropout, or None.
     """
@@ -179,8 +179,8 @@ def run(
 
 
 def cached_attention(bias: jax.Array):
-    """`attend` for one new position a row: f32[b, s] bias over the slots of the cache, past = (keys, values) [b, s, k, d]
-    of the layer. The new key and value take part beside the cache, which is only read."""
+    """`attend` for one new position a row. bias: f32[b, s] over the slots of the cache; past: the layer's keys and
+    values, [b, s, k, d] each. The new key and value take part beside the cache, which is only read."""
 
     def attend(q, k, v, past):
         q = q * q.shape[-1] ** -0.5

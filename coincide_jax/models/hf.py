@@ -86,8 +86,8 @@ def config_json(cfg: VLMConfig, image_token_id: int) -> dict:
 def export(params: dict, cfg: VLMConfig, out: pathlib.Path, *, image_token_id: int = 0) -> None:
     """Writes `out`/model.safetensors and `out`/config.json.
 
-    image_token_id: the id that stands at the image's positions; ours is the padding id, so prompts are to be handed over
-    unpadded or another id given.
+    image_token_id: the id that stands at the image's positions; ours is the padding id, so prompts are to be handed
+    over unpadded or another id given.
 
     Raises:
       UserError: a vision tower that CLIP's classes cannot hold.

@@ -1,7 +1,7 @@
 """What every tower is made of: the description of a parameter, norms, rotary positions, attention.
 
-Letters of the products: b rows, t and s positions, n rows and positions as one axis, w model width, k key/value heads, g queries of one key/value head,
-d head dimension, m MLP columns, r LoRA rank, l layers.
+Letters of the products: b rows, t and s positions, n rows and positions as one axis, w model width, k key/value heads,
+g queries of one key/value head, d head dimension, m MLP columns, r LoRA rank, l layers.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ MASKED = -1e30  # score of a key that may not be seen; finite, so that a row wit
 class Leaf:
     """One parameter. Initialisation, sharding and the exchange with Hugging Face files all derive from it.
 
-    A stacked leaf has the logical axis 'layer' first; `source` then holds "{layer}". Our layout is inputs before outputs;
-    a file's is outputs before inputs: the first `inputs` dimensions (the layer aside) go last, then the file's shape
-    `source_shape` is taken.
+    A stacked leaf has the logical axis 'layer' first; `source` then holds "{layer}". Our layout is inputs before
+    outputs; a file's is outputs before inputs: the first `inputs` dimensions (the layer aside) go last, then the file's
+    shape `source_shape` is taken.
     """
 
     shape: tuple[int, ...]
@@ -145,7 +145,7 @@ def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Softmax attention, scores in float32. q: [b, t, k, g, d], k and v: [b, s, k, d], bias: f32[t, s] → [b, t, k, g, d]."""
+    """Softmax attention, scores in float32. q: [b, t, k, g, d], k and v: [b, s, k, d], bias: f32[t, s]; result as q."""
     scores = jnp.einsum("btkgd,bskd->bkgts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias[None, None, None]
@@ -153,7 +153,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
 
 
 def run_blocks(block, x: jax.Array, stacked, per_layer, *, num_layers: int | None = None, remat: bool = False):
-    """Runs stacked blocks. `block(x, one layer of stacked, its part of per_layer) -> (x, out)`; returns (x, stacked outs).
+    """Runs stacked blocks. `block(x, layer of stacked, its part of per_layer) -> (x, out)`; returns (x, stacked outs).
 
     With fewer `num_layers` than are held, layers are picked by index (slicing the stack would copy it); `per_layer` has
     one entry a layer that runs.

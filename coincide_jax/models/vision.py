@@ -1,7 +1,7 @@
 """Vision tower: CLIP's ViT (arXiv 2103.00020). Images uint8 → features of every patch.
 
-Patch embedding is a reshape and a product (a convolution whose stride is its kernel). The features are the output of the
-last block held, before CLIP's closing norm, class token dropped: what LLaVA reads.
+Patch embedding is a reshape and a product (a convolution whose stride is its kernel). The features are the output of
+the last block held, before CLIP's closing norm, class token dropped: what LLaVA reads.
 """
 
 import dataclasses

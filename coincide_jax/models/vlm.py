@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from coincide_jax.core import precision as precisions
-from coincide_jax.core.axes import use
+from coincide_jax.core.axes import row_sharding, use
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.precision import Precision
 from coincide_jax.models import decoder, loss, vision
@@ -116,9 +116,9 @@ def abstract(cfg: VLMConfig) -> dict:
     return {"vision": vision.abstract(cfg.vision), "projector": projector, "decoder": decoder.abstract(cfg.decoder)}
 
 
-def project(params: dict, features: jax.Array, whole) -> jax.Array:
+def project(params: dict, features: jax.Array) -> jax.Array:
     """Patch features [b, n, w_vision] → image tokens [b, n, w]: linear, GELU, linear."""
-    weights = use(params, features.dtype)
+    weights, whole = use(params, features.dtype), row_sharding(features, 3)
     h = jnp.einsum("bnw,wm->bnm", features, weights["w1"]) + weights["b1"][None, None]
     h = jax.nn.gelu(h, approximate=False)
     return jnp.einsum("bnm,mw->bnw", h, weights["w2"], out_sharding=whole) + weights["b2"][None, None]
@@ -129,7 +129,7 @@ def embed(params: dict, batch: dict, cfg: VLMConfig, *, remat: bool = False) -> 
     dtype = cfg.precision.dtype
     x = decoder.embed(params["decoder"], batch["tokens"], dtype)
     features = vision.forward(params["vision"], batch["images"], cfg.vision, dtype, remat=remat)
-    image = project(params["projector"], features, jax.typeof(features).sharding.spec)
+    image = project(params["projector"], features)
     offset = jnp.arange(x.shape[1])[None] - batch["image_start"][:, None]
     inside = (offset >= 0) & (offset < cfg.image_tokens) & (batch["image_start"] >= 0)[:, None]
     # a product with zeros and ones moves rows exactly, forward and backward, and needs no scatter
@@ -174,7 +174,8 @@ def forward(
 
 
 def logits(params: dict, hidden: jax.Array, cfg: VLMConfig) -> jax.Array:
-    """f32[b, t, v] from the hidden of `forward` (f32[b, t, w]): closing norm, head."""
+    """f32[b, t, v] from the hidden of `forward` (f32[b, t, w]): closing norm, head. The vocabulary lies on 'model':
+    reductions over it are fine, a gather along it is not (compare with an iota instead, as `loss.py` does)."""
     dtype = cfg.precision.dtype
     h = decoder.final_norm(params["decoder"], hidden, cfg.decoder).astype(dtype)
     weight = decoder.head(params["decoder"], cfg.decoder, dtype)
@@ -182,7 +183,7 @@ def logits(params: dict, hidden: jax.Array, cfg: VLMConfig) -> jax.Array:
 
 
 def token_nll(params: dict, batch: dict, cfg: VLMConfig, hidden: jax.Array) -> jax.Array:
-    """f32[b, t]: negative log-likelihood (nats) of token t given those before it; 0 where labels are False, and at t = 0."""
+    """f32[b, t]: negative log-likelihood (nats) of token t given those before it; 0 where not labels, and at t = 0."""
     dtype = cfg.precision.dtype
     h = decoder.final_norm(params["decoder"], hidden, cfg.decoder).astype(dtype)
     weight = decoder.head(params["decoder"], cfg.decoder, dtype)

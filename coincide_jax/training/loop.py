@@ -172,8 +172,8 @@ def fit(
     )
     table = jax.device_put(table, jax.NamedSharding(mesh, jax.P()))
     trained, frozen = states.divide(params, cfg, recipe, jax.random.key(recipe.seed), mesh)
-    state = states.start(trained, recipe, sampler, steps, arms, 1 + lag, round_steps)
-    run = compiled.compile_steps(cfg, recipe, sampler, steps, slots)
+    state = states.start(trained, recipe, sampler, arms, 1 + lag, round_steps)
+    run, schedule = compiled.compile_steps(cfg, recipe, sampler), states.Schedule.of(recipe, steps)
     accumulator = jax.jit(compiled.empty, static_argnums=1)(state.params, recipe.batch)
 
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", recipe.keep)
@@ -191,7 +191,7 @@ def fit(
         while step < steps:
             number, first = divmod(step, round_steps)
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
-                state, p = run.draw(state, table, np.int32(drawn))
+                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots))
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
             records = jax.device_get(state.plan.records)
             reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads)
@@ -203,7 +203,7 @@ def fit(
                         batch = axes.put_batch(batch, mesh)
                         where = (state.key, state.step, np.int32(index))
                         accumulator = run.micro(state.params, frozen, accumulator, batch, *where)
-                state, accumulator, metrics = run.apply(state, accumulator)
+                state, accumulator, metrics = run.apply(state, accumulator, schedule)
                 step += 1
                 log.step(step, metrics, seconds=round(time.monotonic() - clock, 4))
                 clock = time.monotonic()

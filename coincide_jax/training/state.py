@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from coincide_jax.core.errors import UserError, unknown
@@ -93,32 +95,46 @@ class TrainState:
     key: jax.Array
 
 
-def rate(peak: float, recipe: Recipe, steps: int):
-    """Learning rate by step: linear over ceil(warmup · steps) steps, then cosine to 0. No step has rate 0."""
-    warm = math.ceil(recipe.warmup * steps)
+class Schedule(NamedTuple):
+    """Learning rates of a run, as arrays, so that runs of other lengths share compiled steps.
 
-    def at(step):
-        step = jnp.asarray(step, jnp.float32)
-        falling = 0.5 * (1.0 + jnp.cos(jnp.pi * (step - warm) / max(steps - warm, 1)))
-        return peak * jnp.where(step < warm, (step + 1.0) / max(warm, 1), jnp.clip(falling, 0.0, 1.0))
+    peak: of everything but the projector; projector_peak; warm: steps of linear warm-up; steps: of the run.
+    """
 
-    return at
+    peak: np.float32
+    projector_peak: np.float32
+    warm: np.int32
+    steps: np.int32
 
+    @classmethod
+    def of(cls, recipe: Recipe, steps: int) -> "Schedule":
+        """The schedule of a recipe over `steps` steps; warm-up takes ceil(warmup · steps) of them."""
+        warm = math.ceil(recipe.warmup * steps)
+        peaks = np.float32(recipe.learning_rate), np.float32(recipe.projector_learning_rate)
+        return cls(*peaks, np.int32(warm), np.int32(steps))
 
-def optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999, 1e-8) after a clip of the global gradient norm; the projector has its own learning rate."""
+    def factor(self, step: jax.Array) -> jax.Array:
+        """Share of the peak rate at a step: linear warm-up, then cosine to 0. No step has rate 0."""
+        step, warm, steps = (jnp.asarray(value, jnp.float32) for value in (step, self.warm, self.steps))
+        falling = 0.5 * (1.0 + jnp.cos(jnp.pi * (step - warm) / jnp.maximum(steps - warm, 1.0)))
+        return jnp.where(step < warm, (step + 1.0) / jnp.maximum(warm, 1.0), jnp.clip(falling, 0.0, 1.0))
 
-    def adamw(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(rate(peak, recipe, steps), 0.9, 0.999, 1e-8, weight_decay=recipe.weight_decay)
-
-    def groups(params: dict) -> dict:
+    def scale(self, updates: dict, step: jax.Array) -> dict:
+        """Optimiser updates times minus the rate of their part: the projector has its own."""
+        factor = self.factor(step)
         return {
-            top: jax.tree.map(lambda _, top=top: "projector" if top == "projector" else "rest", tree)
-            for top, tree in params.items()
+            top: jax.tree.map(lambda u, top=top: -factor * (self.projector_peak if top == "projector" else self.peak) * u, tree)
+            for top, tree in updates.items()
         }
 
-    rates = {"projector": adamw(recipe.projector_learning_rate), "rest": adamw(recipe.learning_rate)}
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.partition(rates, groups))
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.999, 1e-8) after a clip of the global gradient norm, at rate one: `Schedule.scale` has the rates."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.scale_by_adam(0.9, 0.999, 1e-8),
+        optax.add_decayed_weights(recipe.weight_decay),
+    )
 
 
 def divide(params: dict, cfg, recipe: Recipe, key: jax.Array, mesh) -> tuple[dict, dict]:
@@ -139,7 +155,7 @@ def unite(trained: dict, frozen: dict) -> tuple[dict, dict | None]:
     return whole, trained.get("lora")
 
 
-def start(trained: dict, recipe: Recipe, sampler, steps: int, arms: int, rounds: int, round_steps: int) -> TrainState:
+def start(trained: dict, recipe: Recipe, sampler, arms: int, rounds: int, round_steps: int) -> TrainState:
     """The state before the first step, every array of it where it will stay. `rounds` is 1 + lag."""
 
     @jax.jit
@@ -149,7 +165,7 @@ def start(trained: dict, recipe: Recipe, sampler, steps: int, arms: int, rounds:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=trained,
-            opt=optimizer(recipe, steps).init(trained),
+            opt=optimizer(recipe).init(trained),
             sampler=sampler.init(arms),
             plan=plan.Plan(empty, empty + 0, jnp.zeros(shape)),
             position=plan.start(arms),

@@ -1,5 +1,6 @@
 """The three compiled functions of a run: one micro-batch, one optimiser step, one round drawn."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 
 from coincide_jax.kernels import plan
 from coincide_jax.models import vlm
-from coincide_jax.training.state import Recipe, TrainState, optimizer, rate, unite
+from coincide_jax.training.state import Recipe, Schedule, TrainState, optimizer, unite
 
 
 class Accumulator(NamedTuple):
@@ -27,7 +28,8 @@ class Accumulator(NamedTuple):
 
 class Steps(NamedTuple):
     """micro(params, frozen, accumulator, batch, key, step, number) → accumulator;
-    apply(state, accumulator) → (state, empty accumulator, metrics); draw(state, members, number) → (state, p f32[K]).
+    apply(state, accumulator, schedule) → (state, empty accumulator, metrics);
+    draw(state, members, number, slots) → (state, p f32[K]), with `slots` of the run's plan holding a record.
     """
 
     micro: callable
@@ -48,9 +50,18 @@ def record_nll(params: dict, batch: dict, cfg, **options) -> tuple[jax.Array, ja
     return nll.sum(-1), batch["labels"][:, 1:].astype(jnp.float32).sum(-1)
 
 
-def compile_steps(cfg, recipe: Recipe, sampler, steps: int, slots: int) -> Steps:
-    """The functions of one run; each is traced once a shape. `slots` of the run's plan hold a record."""
-    transform, learning_rate = optimizer(recipe, steps), rate(recipe.learning_rate, recipe, steps)
+def compile_steps(cfg, recipe: Recipe, sampler) -> Steps:
+    """The functions of one run, each traced once a shape; runs that differ in length, rates or seed share them."""
+    alike = dataclasses.replace(
+        recipe, seed=0, epochs=1.0, steps=0, learning_rate=1.0, projector_learning_rate=1.0, warmup=0.0,
+        checkpoint_every=1, keep=1,
+    )  # fmt: skip
+    return _compiled(cfg, alike, sampler)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
+    transform = optimizer(recipe)
 
     @functools.partial(jax.jit, donate_argnums=2)
     def micro(params, frozen, accumulator: Accumulator, batch, key, step, number) -> Accumulator:
@@ -75,17 +86,18 @@ def compile_steps(cfg, recipe: Recipe, sampler, steps: int, slots: int) -> Steps
         )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def apply(state: TrainState, accumulator: Accumulator):
+    def apply(state: TrainState, accumulator: Accumulator, schedule: Schedule):
         tokens = jnp.maximum(accumulator.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, accumulator.grads)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
             updates, opt = transform.update(grads, state.opt, state.params)
+        updates = schedule.scale(updates, state.step)
         row = state.step % state.plan.arms.shape[1]
         seen = jnp.isfinite(accumulator.losses)
         weight = jnp.where(seen, state.plan.weight[0, row], 0.0)
         metrics = {
             "loss": accumulator.nll / tokens,
-            "learning_rate": learning_rate(state.step),
+            "learning_rate": schedule.peak * schedule.factor(state.step),
             "gradient_norm": optax.tree.norm(grads),
             "tokens": accumulator.tokens.astype(jnp.int32),
             "records": seen.astype(jnp.int32).sum(),
@@ -99,7 +111,7 @@ def compile_steps(cfg, recipe: Recipe, sampler, steps: int, slots: int) -> Steps
         return state, empty(state.params, recipe.batch), metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def draw(state: TrainState, members: plan.Members, number):
+    def draw(state: TrainState, members: plan.Members, number, slots):
         """Draws round `number` and lets the oldest one go."""
         _, round_steps, batch = state.plan.records.shape
         drawn, position = plan.draw_plan(
