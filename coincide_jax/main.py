@@ -3,6 +3,7 @@
 python -m coincide_jax.main --config=configs/demo.py [--config.KEY=VALUE …] [--workdir=DIR] [--stages=a,b] [--force=STAGE]
 """
 
+import ctypes
 import importlib.util
 import os
 import pathlib
@@ -21,6 +22,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `configs/
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config name>.")
 STAGES = flags.DEFINE_list("stages", [], f"Run only these stages of {', '.join(pipeline.NAMES)}.")
 FORCE = flags.DEFINE_string("force", None, "Run this stage and all after it again.")
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def config_path(argv: Sequence[str]) -> tuple[pathlib.Path, str]:
@@ -96,9 +98,20 @@ def keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def keep_memory() -> None:
+    """Lets glibc keep the memory it has. By default it hands every large buffer back to the system and takes it again in
+    the next step; on a CPU the page faults of that took a third of the time of training a small model."""
+    if jax.default_backend() == "cpu" and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+                libc.mallopt(option, value)
+
+
 def cli() -> None:
     """Entry point: a user's mistake ends in one sentence and exit status 2."""
     keep_compiled()
+    keep_memory()
 
     def guarded(action: Callable):
         def call(argv):

@@ -21,9 +21,13 @@ def get_config() -> ConfigDict:
     config.name = "llava_json"
     config.dataset.system = ""
     config.dataset.vocab = 4096
-    config.dataset.image_size = 64
+    config.dataset.image_size = 60
     config.dataset.max_length = 160
-    config.dataset.buckets = (48, 64, 96, 160)
-    config.model.vision.patch = 16
+    config.dataset.buckets = (72, 88, 112, 160)
+    config.model.vision.patch = 10
     config.cluster.k = 500
+    for recipe in (config.base, config.reference.train, config.train):
+        recipe.batch, recipe.micro_batch = 64, 32
+    config.base.epochs = 3.0
+    config.reference.train.epochs = 0.5
     return config.lock()
