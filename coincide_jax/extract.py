@@ -1,13 +1,14 @@
 """Stage 1: records → activation features `f16[N, D]` and per-record scores, one forward pass of the reference model.
 
-Feature of a record (COINCIDE, Eq. 1-3; methods.md §4.4 for the released code): the output of `o_proj` in L layers spread over the decoder;
-per layer the mean over visual and over text tokens, tanh, unit length; the 2·L parts concatenated layer by layer, `[v_l, t_l, …]`, and
-divided by sqrt(2·L). Text tokens are question and answers, never the system prompt. A text-only record has a zero visual half and
-is scaled back to unit length (§4.7), so text-only records meet each other on the text half.
+Feature of a record (COINCIDE, EMNLP 2024, Eq. 1-3, in the order of the authors' code): the output of `o_proj` in L
+layers spread over the decoder; per layer the mean over visual and over text tokens, tanh, unit length; the 2·L parts
+concatenated layer by layer, `[v_l, t_l, …]`, and divided by sqrt(2·L). Text tokens are question and answers, never the
+system prompt. A text-only record has a zero visual half and is scaled back to unit length, so text-only records meet
+each other on the text half (the authors' code pools positions of padding there).
 
-Rows go to disk shard by shard (`SHARD_ROWS` consecutive records), each shard with its list of finished rows, so a killed run goes on
-at the first unfinished shard. Every device always runs `rows_per_device` rows of one length bucket, which makes features bitwise
-independent of the number of devices.
+Rows go to disk shard by shard (`SHARD_ROWS` consecutive records), each shard with its list of finished rows, so a
+killed run goes on at the first unfinished shard. Every device always runs `rows_per_device` rows of one length bucket,
+which makes features bitwise independent of the number of devices.
 """
 
 import functools
@@ -19,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coincide_jax.core import artifacts, axes, checkpoint, precision
+from coincide_jax.core import artifacts, axes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import Dataset, batches, source
-from coincide_jax.models import vlm
+from coincide_jax.models import hf, vlm
 
 STAGE_VERSION = 1
 KEYS = ("dataset", "extract", "reference.path", "device")
@@ -32,7 +33,8 @@ KEYS = ("dataset", "extract", "reference.path", "device")
 def spread_taps(depth: int, count: int) -> tuple[int, ...]:
     """`count` 0-based layers spread over the decoder, the last one left out.
 
-    24 layers, 5 taps → (3, 7, 11, 15, 19), the published choice. A decoder of `count` layers or fewer has all of them tapped.
+    24 layers, 5 taps → (3, 7, 11, 15, 19), the published choice. A decoder of `count` layers or fewer has all of them
+    tapped.
     """
     if depth <= count:
         return tuple(range(depth))
@@ -40,7 +42,10 @@ def spread_taps(depth: int, count: int) -> tuple[int, ...]:
 
 
 def pool(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `f32[B, T, W]` over the tokens of `bool[B, T]`, tanh, unit length: `f32[B, W]`; a row without tokens is zero."""
+    """Mean of `f32[B, T, W]` over the tokens of `bool[B, T]`, tanh, unit length: `f32[B, W]`.
+
+    A row without such tokens is zero.
+    """
     weight = mask.astype(jnp.float32)[:, :, None]
     mean = (states.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
     squashed = jnp.tanh(mean)
@@ -49,7 +54,10 @@ def pool(states: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def assemble(pooled: jax.Array) -> jax.Array:
-    """`f32[L, B, 2, W]` unit or zero parts → `f32[B, 2·L·W]` unit rows (§4.7: a missing modality stays zero, the rest is scaled up)."""
+    """`f32[L, B, 2, W]` unit or zero parts → `f32[B, 2·L·W]` unit rows: a missing modality is zero, the rest scaled up.
+
+    Layout: layer by layer, visual before text, as the authors have it.
+    """
     layers, rows, parts, width = pooled.shape
     flat = jnp.transpose(pooled, (1, 0, 2, 3)).reshape(rows, layers * parts * width)
     norm = jnp.sqrt((flat * flat).sum(-1, keepdims=True))
@@ -57,15 +65,18 @@ def assemble(pooled: jax.Array) -> jax.Array:
 
 
 def token_scores(logits: jax.Array, tokens: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Per-record means over supervised tokens, each `f32[B]`: nll, EL2N `‖p − onehot‖₂`, AUM `p_y − max_{v≠y} p_v` (methods.md §5.3-5.5).
+    """Per-record means over supervised tokens, each `f32[B]`: nll, EL2N `‖p − onehot‖₂`, AUM `p_y − max_{v≠y} p_v`
+    (as COINCIDE's baselines define them).
 
     Args: logits `f32[B, T, V]`, tokens `i32[B, T]`, labels `bool[B, T]` (token t is predicted from t−1).
     """
     z, y = logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
     weight = labels[:, 1:].astype(jnp.float32)
     total = jax.nn.logsumexp(z, axis=-1)
-    z_y = jnp.take_along_axis(z, y[:, :, None], axis=-1)[:, :, 0]
-    others = jnp.where(jax.nn.one_hot(y, z.shape[-1], dtype=jnp.bool_), -jnp.inf, z).max(-1)
+    # a comparison, since a gather along a shared vocabulary would fetch it whole
+    here = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2, out_sharding=jax.typeof(z).sharding) == y[:, :, None]
+    z_y = jnp.where(here, z, 0.0).sum(-1)
+    others = jnp.where(here, -jnp.inf, z).max(-1)
     p_y = jnp.exp(z_y - total)
     squares = jnp.exp(jax.nn.logsumexp(2.0 * z, axis=-1) - 2.0 * total)
     el2n = jnp.sqrt(jnp.maximum(squares - 2.0 * p_y + 1.0, 0.0))
@@ -85,7 +96,7 @@ def features(
 
     With `scores` (all layers held) also `nll`, `el2n`, `aum`, each `f32[B]`.
     """
-    rows, length = batch["tokens"].shape
+    length = batch["tokens"].shape[1]
     start = batch["image_start"][:, None]
     position = jnp.arange(length)[None, :]
     visual = (start >= 0) & (position >= start) & (position < start + cfg.image_tokens)
@@ -117,22 +128,16 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
     """The stage: writes features.zarr, scores.parquet, quarantine.jsonl.
 
     Raises:
-      UserError: a tap outside the decoder, a reference folder that cannot be read, given features of another number of records.
+      UserError: a tap outside the decoder, a reference folder that cannot be read, given features of another number
+      of records.
     """
     split = artifacts.read_json(inputs["dataset"] / "split.json")
     if config.extract.features:
         return take_given(config.extract, split, inputs["dataset"], out)
     folder = Path(config.reference.path) if config.reference.path else inputs["reference"]
-    chosen = precision.choose(config.device.precision)
-    params, model = checkpoint.load_model(
-        folder, mesh, lambda model: vlm.abstract(vlm.VLMConfig.from_dict(model["config"], chosen))
-    )
-    cfg = vlm.VLMConfig.from_dict(model["config"], chosen)
+    params, cfg, card = hf.load(folder, mesh, config.device.precision)
     taps = choose_taps(config.extract, cfg.decoder.depth)
-    data = Dataset.open(
-        split, "records", tokenizer_path=folder / "tokenizer.json", settings=config.dataset,
-        image_size=model["image_size"], image_tokens=cfg.image_tokens,
-    )  # fmt: skip
+    data = Dataset.of_model(split, folder, card, cfg.image_tokens, config.dataset)
     if not config.extract.scores:  # outside jit: only the layers that run stay in memory
         held = jax.tree.map(lambda leaf: leaf[: taps[-1] + 1], params["decoder"]["blocks"])
         params = params | {"decoder": params["decoder"] | {"blocks": held}}

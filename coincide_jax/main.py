@@ -1,6 +1,6 @@
 """The command: flags, mesh, then `pipeline.run`.
 
-python -m coincide_jax.main --config=configs/demo.py [--config.KEY=VALUE …] [--workdir=DIR] [--stages=a,b] [--force=STAGE]
+    python -m coincide_jax.main --config=configs/demo.py [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=a]
 """
 
 import ctypes
@@ -99,8 +99,11 @@ def keep_compiled() -> None:
 
 
 def keep_memory() -> None:
-    """Lets glibc keep the memory it has. By default it hands every large buffer back to the system and takes it again in
-    the next step; on a CPU the page faults of that took a third of the time of training a small model."""
+    """Lets glibc keep the memory it has.
+
+    By default it hands every large buffer back to the system and takes it again in the next step; on a CPU the page
+    faults of that took a third of the time of training a small model.
+    """
     if jax.default_backend() == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):

@@ -1,8 +1,9 @@
 """The stages in order, what each needs, and when one is skipped. The only file that imports stages.
 
-A run is one selector, one curriculum, one seed; its stages leave one folder each in the workdir, with a `manifest.json` written last.
-A table is a sweep of ordinary runs: the first row is the headline in the top folder, the others live in `rows/<row>/seed<k>/` and are
-handed the headline's dataset, features and clusters, so that nothing is trained or extracted twice.
+A run is one selector, one curriculum, one seed; its stages leave one folder each in the workdir, with a `manifest.json`
+written last. A table is a sweep of ordinary runs: the first row is the headline in the top folder, the others live in
+`rows/<row>/seed<k>/` and are handed the headline's dataset, features and clusters, so that nothing is trained or
+extracted twice.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import jax
 from ml_collections import ConfigDict
 
 from coincide_jax import cluster, curriculum, dataset, evaluation, extract, report, selection, training
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, precision
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
 from coincide_jax.evaluation import relative
@@ -230,7 +231,7 @@ def check(config: ConfigDict) -> None:
     """Finds what a config can get wrong before anything runs.
 
     Raises:
-      UserError: unknown selector or sampler, a budget outside (0, 1], a pool that does not exist.
+      UserError: unknown selector, sampler, pool or precision, a budget outside (0, 1], broken questions.
     """
     if config.select.name not in selection.SELECTORS:
         raise unknown("selector", config.select.name, selection.SELECTORS)
@@ -240,6 +241,8 @@ def check(config: ConfigDict) -> None:
         raise unknown("curriculum.pool", config.curriculum.pool, ("coreset", "all"))
     if not 0 < config.select.fraction <= 1:
         raise UserError(f"select.fraction = {config.select.fraction}; the budget is a share above 0 and up to 1")
+    precision.choose(config.device.precision)
+    evaluation.check(config.evaluate)
 
 
 def run_row(
@@ -281,7 +284,8 @@ def run(
     """Runs the headline, then every other row of the table for every seed, then the report.
 
     Raises:
-      UserError: unknown stage, workdir in use, not writable or made with another config, and whatever a stage finds wrong.
+      UserError: unknown stage, workdir in use, not writable or made with another config, and whatever a stage finds
+      wrong.
     """
     for name in [*stages, *([force] if force else [])]:
         if name not in NAMES:

@@ -1,10 +1,11 @@
-"""COINCIDE on LLaVA-1.5 665k → 20 % → LLaVA-1.5-7B, LoRA (methods: COINCIDE, EMNLP 2024, §3 and Table 1).
+"""COINCIDE on LLaVA-1.5 665k → 20 % → LLaVA-1.5-7B with LoRA (COINCIDE, EMNLP 2024, Table 1).
 
 Command   python -m coincide_jax.main --config=configs/llava15.py --workdir=DIR
-Needs     data/llava_v1_5_mix665k.json and its image folders under data/images; a model folder of the target before instruction tuning
-          (vicuna-7b-v1.5 with the pretrained projector) in weights/llava15_7b_init and of the reference in weights/tinyllava_2b
-Machine   published: 4 x V100-32GB; the paper's selection and training took 15.1 h there
-Published 97.4 % of full-data training at 20 % (Table 1)
+Needs     data/llava_v1_5_mix665k.json, its image folders under data/images, and two model folders: the target before
+          instruction tuning (vicuna-7b-v1.5 with the pretrained projector) in weights/llava15_7b_init, the reference in
+          weights/tinyllava_2b
+Machine   published: 4 x V100-32GB; selection and training took the authors 15.1 h there
+Published 97.4 % of full-data training at 20 %
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@ Command   python -m coincide_jax.main --config=configs/llava_json.py --config.da
               --config.dataset.images=DIR --workdir=DIR
 Machine   two CPU cores or better
 
-Held-out questions are a share of the images, or your own: --config.evaluate.questions=DIR with one JSONL file a task.
-Checkpoint folders of earlier runs take the place of the tiny models: --config.target.path=DIR --config.reference.path=DIR
+Held-out questions are a share of the images, or your own: --config.evaluate.questions=DIR, one JSONL file a task.
+Checkpoint folders of earlier runs can take the place of the tiny models: --config.target.path, --config.reference.path.
 """
 
 from ml_collections import ConfigDict

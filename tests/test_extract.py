@@ -122,3 +122,18 @@ def test_scores_against_plain_softmax():
         for name, values in (("nll", nll), ("el2n", el2n), ("aum", aum)):
             assert found[name][row] == pytest.approx(np.mean(values), rel=1e-4)
     assert all(float(value[3]) == 0.0 for value in found.values())
+
+
+def test_scores_need_no_second_pass_and_change_no_feature():
+    batch, taps = tiny_batch(), (0, 1, 2, 3, 4)
+    for mesh in (one_device(), axes.make_mesh(2)):
+        with jax.set_mesh(mesh):
+            params, put = tiny_params(mesh), axes.put_batch(batch, mesh)
+            scored = extract.features(params, put, CFG, taps, True)
+            nll = vlm.token_nll(params, put, CFG, vlm.forward(params, put, CFG).hidden)
+            plain = extract.features(params, put, CFG, taps)
+        wanted = np.asarray(nll).sum(1) / batch["labels"][:, 1:].sum(1)
+        np.testing.assert_allclose(scored["nll"], wanted, rtol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(scored["features"], np.float32), np.asarray(plain["features"], np.float32), atol=1e-3
+        )

@@ -61,11 +61,43 @@ def test_no_file_is_long():
     assert not long
 
 
-def test_requirements_are_exactly_what_is_imported():
-    modules = {name.split(".")[0] for path in FILES for name in imported(path)}
-    modules -= set(sys.stdlib_module_names) | {"coincide_jax"}
+def requirements(keyword: str, extra: str | None = None) -> set[str]:
+    """Names of the distributions that setup.py lists under `install_requires`, or under an extra."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup")
+    listed = next(argument.value for argument in call.keywords if argument.arg == keyword)
+    if extra is not None:
+        listed = next(value for key, value in zip(listed.keys, listed.values, strict=True) if key.value == extra)
+    # an f-string begins with the name, its version follows
+    texts = [item.values[0].value if isinstance(item, ast.JoinedStr) else item.value for item in listed.elts]
+    return {normal(re.match(r"[A-Za-z0-9._-]+", text).group()) for text in texts}
+
+
+def normal(name: str) -> str:
+    """A distribution's name in the one spelling that indices compare."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def providers(folders: list[str]) -> dict[str, set[str]]:
+    """`{imported module that is neither ours nor Python's: distributions that provide it}`."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    modules = {name.split(".")[0] for path in files for name in imported(path)}
+    modules -= (
+        set(sys.stdlib_module_names)
+        | {"coincide_jax", "configs"}
+        | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    )
     distributions = importlib.metadata.packages_distributions()
-    used = {re.sub(r"[-_.]+", "-", distributions[module][0]).lower() for module in modules}
-    text = (ROOT / "setup.py").read_text().split("install_requires")[1].split("extras_require")[0]
-    declared = set(re.findall(r'f?"([a-z-]+)', text)) | {"jax"}
-    assert used == declared
+    return {module: set(map(normal, distributions[module])) for module in modules}
+
+
+def test_requirements_are_exactly_what_is_imported():
+    declared, used = requirements("install_requires"), providers(["coincide_jax", "configs"])
+    assert {"jax", "numpy", "jinja2", "ml-collections"} <= declared
+    assert not {module for module, names in used.items() if not names & declared}
+    assert not declared - set().union(*used.values())
+
+
+def test_what_tests_import_is_declared():
+    declared = requirements("install_requires") | requirements("extras_require", "test")
+    assert not {module for module, names in providers(["tests"]).items() if not names & declared}

@@ -47,7 +47,7 @@ def test_coreset_is_a_fifth_of_the_pool_untouched_and_in_order(finished):
     indices = np.load(workdir / "select" / "indices.npy")
     assert indices.dtype == np.int64 and len(set(indices)) == len(indices) <= int(0.2 * len(split["pool"]))
     assert set(indices) <= set(split["pool"])
-    raw = json.loads(open(split["records"]).read())
+    raw = artifacts.read_json(split["records"])
     assert artifacts.read_json(workdir / "select" / "coreset.json") == [raw[i] for i in sorted(indices)]
 
 

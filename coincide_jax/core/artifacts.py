@@ -1,7 +1,7 @@
 """Files that stages leave for each other: whole or not at all, and the feature store.
 
-The feature store is zarr v3 written by TensorStore: float16 `[N, D]`, one shard per block of rows, crc32c on
-every chunk, no compression (features barely compress). A missing shard or a flipped bit raises; it is never read as zeros.
+The feature store is zarr v3 written by TensorStore: float16 `[N, D]`, one shard per block of rows, crc32c on every
+chunk, no compression (features barely compress). A missing shard or a flipped bit raises; it is never read as zeros.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ def _spec(path: pathlib.Path) -> dict:
 
 
 def create_features(path: pathlib.Path, rows: int, width: int) -> ts.TensorStore:
-    """Creates (or reopens, to go on with) a float16 `[rows, width]` store; whole shards are to be written by one writer each."""
+    """Creates, or reopens to go on with, a float16 `[rows, width]` store; a shard is written whole by one writer."""
     metadata = {
         "shape": [rows, width],
         "data_type": "float16",

@@ -51,7 +51,7 @@ class JsonLines:
 
     def __init__(self, path: pathlib.Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, **values) -> None:
         """Writes one line."""

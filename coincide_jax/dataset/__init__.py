@@ -82,6 +82,23 @@ class Dataset:
         tokenizer = tokenizers.Tokenizer.load(tokenizer_path)
         return cls(records, pathlib.Path(split["images"]), tokenizer, settings, image_size, image_tokens)
 
+    @classmethod
+    def of_model(cls, split: dict, folder: pathlib.Path, card: dict, image_tokens: int, settings) -> "Dataset":
+        """The split's records as the model of a folder reads them: its tokenizer, image size and template.
+
+        Raises:
+          UserError: the model was trained with another template than `config.dataset` names.
+        """
+        if card["template"] != settings.template:
+            raise UserError(
+                f"{folder} was trained with template '{card['template']}', "
+                f"but dataset.template is '{settings.template}'"
+            )
+        return cls.open(
+            split, "records", tokenizer_path=folder / "tokenizer.json", settings=settings,
+            image_size=card["image_size"], image_tokens=image_tokens,
+        )  # fmt: skip
+
     def encode(self, index: int) -> conversation.Encoded:
         """The training sequence of a valid record."""
         record = self.records[index]

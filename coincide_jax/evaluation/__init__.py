@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import jax
 import numpy as np
 
-from coincide_jax.core import artifacts, axes, checkpoint, precision
+from coincide_jax.core import artifacts, axes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import Dataset, batches
@@ -16,7 +16,7 @@ from coincide_jax.evaluation import answers as answers_lib
 from coincide_jax.evaluation import questions as questions_lib
 from coincide_jax.evaluation.answers import METRICS
 from coincide_jax.evaluation.floors import Floors
-from coincide_jax.models import generate, vlm
+from coincide_jax.models import generate, hf
 
 __all__ = ["KEYS", "METRICS", "STAGE_VERSION", "run"]
 
@@ -53,19 +53,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     """
     model = inputs["train"] / "model"
     split = artifacts.read_json(inputs["dataset"] / "split.json")
-    chosen = precision.choose(config.device.precision)
-    params, card = checkpoint.load_model(
-        model, mesh, lambda card: vlm.abstract(vlm.VLMConfig.from_dict(card["config"], chosen))
-    )
-    cfg = vlm.VLMConfig.from_dict(card["config"], chosen)
-    dataset = Dataset.open(
-        split,
-        "records",
-        tokenizer_path=model / "tokenizer.json",
-        settings=config.dataset,
-        image_size=card["image_size"],
-        image_tokens=cfg.image_tokens,
-    )
+    params, cfg, card = hf.load(model, mesh, config.device.precision)
+    dataset = Dataset.of_model(split, model, card, cfg.image_tokens, config.dataset)
     asked = ask(config.evaluate, split)
     floors = Floors((dataset.records[i].task, dataset.records[i].turns) for i in split["pool"] if dataset.records[i])
     predictions = predict(params, cfg, dataset, asked, config, mesh)
@@ -77,6 +66,16 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     mean = np.mean([task["score"] for task in scores.values()])
     say("evaluate", f"{len(rows)} questions, {len(scores)} tasks: mean {100 * mean:.1f} %, {above} tasks above blind")
     return {"questions": len(rows), "scores": {task: value["score"] for task, value in scores.items()}}
+
+
+def check(settings) -> None:
+    """Reads the questions of `config.evaluate.questions`, if it names a folder, before anything is trained.
+
+    Raises:
+      UserError: a broken file, an unknown metric.
+    """
+    if settings.questions and pathlib.Path(settings.questions).is_dir():
+        questions_lib.from_folder(settings.questions)
 
 
 def ask(settings, split: dict) -> list[questions_lib.Question]:

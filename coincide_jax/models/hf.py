@@ -1,4 +1,4 @@
-"""Exchange with Hugging Face: parameters out, as a folder that `LlavaForConditionalGeneration.from_pretrained` reads.
+"""Models in and out: our model folders, and a folder that Hugging Face's `LlavaForConditionalGeneration` loads.
 
 Tensor names are those of the published llava-hf checkpoints.
 """
@@ -7,14 +7,32 @@ import pathlib
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from coincide_jax.core import checkpoint, precision
 from coincide_jax.core.artifacts import atomic, write_json
 from coincide_jax.core.errors import UserError
 from coincide_jax.models import vlm
 from coincide_jax.models.layers import Leaf, is_leaf
 from coincide_jax.models.vision import SOURCE as VISION
 from coincide_jax.models.vlm import VLMConfig
+
+
+def load(folder: pathlib.Path, mesh: Mesh, name: str) -> tuple[dict, VLMConfig, dict]:
+    """Reads a model folder (`core/checkpoint.py`) onto the mesh; `name` is `config.device.precision`.
+
+    Returns:
+      Parameters, configuration, and the card: config, image_size, vocab, template, system.
+
+    Raises:
+      UserError: unknown precision; a folder that is missing, incomplete, of other shapes or changed on disk.
+    """
+    chosen = precision.choose(name)
+    params, card = checkpoint.load_model(
+        folder, mesh, lambda card: vlm.abstract(VLMConfig.from_dict(card["config"], chosen))
+    )
+    return params, VLMConfig.from_dict(card["config"], chosen), card
 
 
 def to_source(leaf: Leaf, array: np.ndarray) -> dict[str, np.ndarray]:

@@ -176,23 +176,8 @@ def _arms(records: np.ndarray, config, inputs: dict[str, pathlib.Path], out: pat
 
 def _open(folder: pathlib.Path, split: dict, config, mesh) -> tuple[dict, dict, VLMConfig, Dataset]:
     """Weights, card, configuration of a model folder, and the pool's records as this model reads them."""
-    chosen = precision.choose(config.device.precision)
-    params, card = checkpoint.load_model(
-        folder, mesh, lambda card: abstract(VLMConfig.from_dict(card["config"], chosen))
-    )
-    if card["template"] != config.dataset.template:
-        raise UserError(f"{folder} was trained with template '{card['template']}'; found dataset.template = "
-                        f"'{config.dataset.template}'")  # fmt: skip
-    cfg = VLMConfig.from_dict(card["config"], chosen)
-    data = Dataset.open(
-        split,
-        "records",
-        tokenizer_path=folder / "tokenizer.json",
-        settings=config.dataset,
-        image_size=card["image_size"],
-        image_tokens=cfg.image_tokens,
-    )
-    return params, card, cfg, data
+    params, cfg, card = hf.load(folder, mesh, config.device.precision)
+    return params, card, cfg, Dataset.of_model(split, folder, card, cfg.image_tokens, config.dataset)
 
 
 def _fit_uniform(name, params, cfg, data, records, recipe: Recipe, config, mesh, out, stop) -> tuple[dict, dict]:

@@ -123,13 +123,15 @@ class Schedule(NamedTuple):
         """Optimiser updates times minus the rate of their part: the projector has its own."""
         factor = self.factor(step)
         return {
-            top: jax.tree.map(lambda u, top=top: -factor * (self.projector_peak if top == "projector" else self.peak) * u, tree)
+            top: jax.tree.map(
+                lambda u, top=top: -factor * (self.projector_peak if top == "projector" else self.peak) * u, tree
+            )
             for top, tree in updates.items()
         }
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999, 1e-8) after a clip of the global gradient norm, at rate one: `Schedule.scale` has the rates."""
+    """AdamW (0.9, 0.999, 1e-8) after a clip of the global gradient norm; `Schedule.scale` has the rates."""
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip),
         optax.scale_by_adam(0.9, 0.999, 1e-8),
