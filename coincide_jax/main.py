@@ -1,6 +1,6 @@
 """The command: flags, mesh, then `pipeline.run`.
 
-    python -m coincide_jax.main --config=configs/demo.py [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=a]
+    python -m coincide_jax.main --config=FILE [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=STAGE]
 """
 
 import ctypes

@@ -120,7 +120,7 @@ def external(config: ConfigDict, stage: Stage) -> dict[str, str]:
                 "cluster.centroids", "cluster.assignment", "target.path", "reference.path"):  # fmt: skip
         value = flat.get(key)
         if value and Path(str(value)).exists():
-            found[key] = artifacts.digest(Path(str(value)))
+            found[key] = artifacts.identity(Path(str(value)))
     return found
 
 

@@ -13,7 +13,7 @@ def recipe(**changes) -> ConfigDict:
             seed=0,
             mode="full",  # 'full': every parameter; 'lora': LoRA on the decoder and the whole projector
             batch=32,  # records a step
-            micro_batch=8,  # records a forward pass; a step's records are sorted by length, then cut into these
+            micro_batch=32,  # records a forward pass; a step's records are sorted by length, then cut into these
             epochs=1.0,  # passes over what the row holds (the pool or the coreset)
             steps=0,  # optimiser steps; 0 = from epochs
             learning_rate=1e-3,
@@ -45,6 +45,7 @@ def defaults() -> ConfigDict:
                 base_share=0.2,  # of the images, for the base; not taken when target.path or base_records is given
                 limit=0,  # use only the first so many records; 0 = all
                 max_bad=0.05,  # more quarantined records than this share is an error
+                unique_ids=True,  # the second record of an id is quarantined
                 seed=0,
                 template="vicuna_v1",
                 system="A chat between a curious user and an artificial intelligence assistant. "
@@ -55,7 +56,7 @@ def defaults() -> ConfigDict:
                 image_size=48,
                 threads=2,  # reading threads
                 cache_mib=512,  # decoded images kept in memory
-                drawn=dict(records=3000, heldout=600, base=6000, seed=0),
+                drawn=dict(records=3000, heldout=600, base=8000, seed=0),
             ),
             model=dict(  # of the base trained here; a checkpoint folder brings its own
                 vision=dict(patch=12, width=96, depth=3, heads=4, mlp=288),

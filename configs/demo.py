@@ -28,7 +28,7 @@ def get_config(rows: str = "one") -> ConfigDict:
     config.dataset.buckets = (48, 64, 96)
     config.base.epochs = 3.0
     config.reference.train.epochs = 1.0
-    config.train.epochs = 2.0
+    config.train.epochs = 3.0
     config.evaluate.max_new_tokens = 16
     if rows == "tiny":
         config.dataset.drawn = dict(records=240, heldout=48, base=160, seed=0)

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.name = "llava15"
     config.dataset.records = "data/llava_v1_5_mix665k.json"
     config.dataset.images = "data/images"
+    config.dataset.unique_ids = False  # an id of the published mix is that of its image, and returns
     config.dataset.share_heldout = 0.02
     config.dataset.image_size = 336
     config.dataset.vocab = 32000

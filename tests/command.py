@@ -1,9 +1,16 @@
-"""Runs the command as a user would: a process of its own, one device, the tests' compilation cache."""
+"""Runs the command as a user would: in a process of its own on one device, or inside the tests' own process."""
 
+import contextlib
+import io
 import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
+
+from absl.testing import flagsaver
+
+from coincide_jax import main
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--config=configs/demo.py:tiny"
@@ -31,3 +38,23 @@ def run(*arguments: str, cwd: pathlib.Path = ROOT) -> tuple[int, str]:
     process = start(*arguments, cwd=cwd)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    """Exit status and output of the same command called in this process, on the tests' eight devices: nothing has to be
+    imported anew. What is no user's mistake is raised."""
+    output, argv = io.StringIO(), ["coincide", *map(str, arguments)]
+    with (
+        flagsaver.flagsaver(),
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(main, "keep_memory"),  # a setting of the whole process
+    ):
+        try:
+            main.cli()
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code or 0
+    return status, output.getvalue()

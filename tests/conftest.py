@@ -10,7 +10,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import jax  # noqa: E402 - the device count must be set before jax wakes up
+import command  # noqa: E402 - the device count must be set before jax wakes up
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,3 +22,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key() -> jax.Array:
     """The one random key of a test."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A tiny run that nobody disturbed: its folder, which nobody may change, and what it printed."""
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    status, output = command.run(command.TINY, f"--workdir={workdir}")
+    assert status == 0, output
+    return workdir, output

@@ -11,9 +11,8 @@ LLAVA = "--config=configs/llava_json.py"
 
 def sentence(*arguments) -> str:
     """The one sentence that a wrong command ends with."""
-    status, output = command.run(*arguments)
+    status, output = command.call(*arguments)
     assert status == 2, output
-    assert "Traceback" not in output
     last = output.strip().splitlines()[-1]
     assert last.startswith("coincide: ")
     return last
@@ -39,12 +38,23 @@ def own(path, tmp_path, *more):
     )
 
 
+def test_a_process_ends_with_status_2_and_no_traceback(tmp_path):
+    status, output = command.run(*own(tmp_path / "none.json", tmp_path, "--config.cluster.k=many"))
+    assert status == 2 and "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith("coincide: ")
+    assert not (tmp_path / "w").exists()
+
+
 def test_no_config():
     assert "--config=configs/demo.py" in sentence()
 
 
 def test_unknown_config_file():
-    assert "configs/demo.py" in sentence("--config=configs/dem.py")
+    assert "did you mean 'configs/demo.py'" in sentence("--config=configs/dem.py")
+
+
+def test_unknown_argument_of_the_config():
+    assert "configs/demo.py:tables" in sentence("--config=configs/demo.py:tables")
 
 
 def test_unknown_key_names_the_nearest():
@@ -55,13 +65,33 @@ def test_wrong_type():
     assert "cluster.k" in sentence(command.TINY, "--config.cluster.k=many")
 
 
-def test_unknown_stage(tmp_path):
-    assert "did you mean 'cluster'" in sentence(command.TINY, f"--workdir={tmp_path}", "--stages=clusters")
+def test_unknown_flag():
+    assert "workdirr" in sentence(command.TINY, "--workdirr=x")
+
+
+@pytest.mark.parametrize("flag", ["--stages=clusters", "--stages=dataset,clusters", "--force=clusters"])
+def test_unknown_stage(tmp_path, flag):
+    assert "unknown stage 'clusters'; did you mean 'cluster'" in sentence(command.TINY, f"--workdir={tmp_path}/w", flag)
+    assert not (tmp_path / "w").exists()
 
 
 def test_unknown_selector(tmp_path):
     line = sentence(*own("none", tmp_path, "--config.select.name=coincid"))
     assert "unknown selector 'coincid'" in line and "did you mean 'coincide'" in line
+
+
+def test_unknown_sampler(tmp_path):
+    line = sentence("--config=configs/llava15.py", f"--workdir={tmp_path}/w", "--config.curriculum.name=exp33")
+    assert "unknown sampler 'exp33'" in line and "did you mean 'exp3'" in line
+
+
+def test_unknown_metric_is_found_before_anything_runs(records, tmp_path):
+    (tmp_path / "questions").mkdir()
+    row = {"id": "1", "question": "What?", "answers": ["this"], "metric": "exactt"}
+    (tmp_path / "questions" / "what.jsonl").write_text(json.dumps(row) + "\n")
+    line = sentence(*own(records, tmp_path, f"--config.evaluate.questions={tmp_path}/questions"))
+    assert "what.jsonl, line 1" in line and "unknown metric 'exactt'" in line and "did you mean 'exact'" in line
+    assert not (tmp_path / "w" / "dataset").exists()
 
 
 @pytest.mark.parametrize("fraction", [0, 1.5, -0.1])
@@ -70,22 +100,30 @@ def test_budget_outside_its_range(tmp_path, fraction):
 
 
 def test_missing_file(tmp_path):
-    assert f"{tmp_path}/none.json" in sentence(*own(tmp_path / "none.json", tmp_path))
+    assert f"{tmp_path}/none.json does not exist" in sentence(*own(tmp_path / "none.json", tmp_path))
 
 
 def test_folder_instead_of_file(tmp_path):
-    assert "folder" in sentence(*own(tmp_path, tmp_path))
+    assert f"{tmp_path} is a folder" in sentence(*own(tmp_path, tmp_path))
+
+
+def test_images_folder_missing(records, tmp_path):
+    rows = json.loads(records.read_text())
+    rows[0]["image"] = "a.png"
+    records.write_text(json.dumps(rows))
+    assert "dataset.images" in sentence(*own(records, tmp_path, f"--config.dataset.images={tmp_path}/gone"))
 
 
 def test_json_cut_in_the_middle(records, tmp_path):
     records.write_text(records.read_text()[:-40])
     line = sentence(*own(records, tmp_path))
-    assert "line 1" in line and "column" in line
+    assert f"{records} is not valid JSON: line 1, column " in line
 
 
 def test_all_records_quarantined(records, tmp_path):
     records.write_text(json.dumps([{"id": "a", "image": "gone.png", "conversations": []}]))
-    assert "quarantine" in sentence(*own(records, tmp_path))
+    assert f"all 1 records of {records} are quarantined: row 0: " in sentence(*own(records, tmp_path))
+    assert not (tmp_path / "w" / "dataset" / "manifest.json").exists()
 
 
 def test_workdir_not_writable(tmp_path):

@@ -1,12 +1,15 @@
 """The whole pipeline on a few drawn records: every contracted file, the second run, forced stages, the table."""
 
 import json
+import pathlib
 import shutil
+import time
 
 import command
 import numpy as np
 import pytest
 
+from coincide_jax import pipeline
 from coincide_jax.core import artifacts
 
 CONTRACT = (
@@ -14,15 +17,33 @@ CONTRACT = (
     "extract/quarantine.jsonl cluster/centroids.npy cluster/assignment.npy select/indices.npy select/coreset.json "
     "select/records.parquet select/clusters.parquet train/metrics.jsonl evaluate/scores.json report/report.html"
 ).split()
+DECISIVE = ("cluster/centroids.npy", "cluster/assignment.npy", "select/indices.npy")
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A finished tiny run: its folder and what it printed."""
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    status, output = command.run(command.TINY, f"--workdir={workdir}")
-    assert status == 0, output
-    return workdir, output
+@pytest.fixture
+def copy(finished, tmp_path) -> pathlib.Path:
+    """A workdir of one's own that holds the finished run."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def begun(output: str) -> list[str]:
+    """The stages that a run began, in order, those of the table's rows included."""
+    return [line[1:].split("]")[0] for line in output.splitlines() if "] begins · " in line]
+
+
+def complete(output: str) -> list[str]:
+    """The stages that a run skipped, in order."""
+    return [line[1:].split("]")[0] for line in output.splitlines() if "] complete · " in line]
+
+
+def inputs_of(workdir: pathlib.Path) -> dict[str, dict]:
+    """What every finished stage of a workdir, rows included, was made from, and what identity it has."""
+    return {
+        str(path.relative_to(workdir)): {key: manifest[key] for key in ("inputs", "identity")}
+        for path in sorted(workdir.rglob("manifest.json"))
+        if "identity" in (manifest := artifacts.read_json(path))
+    }
 
 
 def test_every_contracted_file_is_there(finished):
@@ -32,13 +53,18 @@ def test_every_contracted_file_is_there(finished):
     features = artifacts.read_features(workdir / "extract" / "features.zarr")
     split = artifacts.read_json(workdir / "dataset" / "split.json")
     assignment = np.load(workdir / "cluster" / "assignment.npy")
+    centroids = np.load(workdir / "cluster" / "centroids.npy")
     assert features.dtype == np.float16 and features.shape[0] == split["n"] == len(assignment)
+    assert centroids.dtype == np.float32 and assignment.dtype == np.int32 and centroids.shape[1] == features.shape[1]
     outside = np.setdiff1d(np.arange(split["n"]), split["pool"])
     assert len(outside) and not features[outside].any() and (assignment[outside] == -1).all()
+    scores = artifacts.read_parquet(workdir / "extract" / "scores.parquet")
+    assert np.flatnonzero(scores["valid"]).tolist() == split["pool"]
     norms = np.linalg.norm(features[split["pool"]].astype(np.float32), axis=1)
     np.testing.assert_allclose(norms, 1.0, atol=2e-3)
     for where in ("select/coreset.json", "train/model", "report/report.html"):
         assert str(workdir / where) in output
+    assert not list(workdir.rglob("started.json")) and not list(workdir.rglob(".*.tmp"))
 
 
 def test_coreset_is_a_fifth_of_the_pool_untouched_and_in_order(finished):
@@ -47,28 +73,29 @@ def test_coreset_is_a_fifth_of_the_pool_untouched_and_in_order(finished):
     indices = np.load(workdir / "select" / "indices.npy")
     assert indices.dtype == np.int64 and len(set(indices)) == len(indices) <= int(0.2 * len(split["pool"]))
     assert set(indices) <= set(split["pool"])
-    raw = artifacts.read_json(split["records"])
+    raw = json.loads(pathlib.Path(split["records"]).read_text())
     assert artifacts.read_json(workdir / "select" / "coreset.json") == [raw[i] for i in sorted(indices)]
 
 
 def test_rows_are_fair(finished):
     workdir, _ = finished
-    random = np.load(workdir / "rows" / "random" / "seed0" / "select" / "indices.npy")
+    folders = {"coincide": workdir} | {
+        row: workdir / "rows" / row / "seed0" for row in ("full", "random", "coincide_plus")
+    }
+    random = np.load(folders["random"] / "select" / "indices.npy")
     assert len(random) == len(np.load(workdir / "select" / "indices.npy"))
-    steps = {
-        row: len(artifacts.read_jsonl(folder / "train" / "metrics.jsonl"))
-        for row, folder in {
-            "coincide": workdir,
-            "random": workdir / "rows" / "random" / "seed0",
-            "coincide_plus": workdir / "rows" / "coincide_plus" / "seed0",
-        }.items()
-    }
-    assert len(set(steps.values())) == 1, steps
-    starts = {
-        artifacts.read_json(folder / "train" / "manifest.json")["summary"]["start"]
-        for folder in (workdir, *(workdir / "rows").glob("*/seed0"))
-        if (folder / "train").exists()
-    }
+    lines = {row: artifacts.read_jsonl(folder / "train" / "metrics.jsonl") for row, folder in folders.items()}
+    assert len(lines["coincide"]) == len(lines["random"]) == len(lines["coincide_plus"]) < len(lines["full"])
+    rates = {row: [line["learning_rate"] for line in lines[row]] for row in lines if row != "full"}
+    assert len({json.dumps(rate) for rate in rates.values()}) == 1
+    assert len({sum(line["records"] for line in lines[row]) for row in rates}) == 1
+
+
+def test_every_row_starts_from_the_base_and_never_from_the_reference(finished):
+    workdir, _ = finished
+    trained = [workdir, *sorted((workdir / "rows").glob("*/seed0"))]
+    assert len(trained) == 4
+    starts = {artifacts.read_json(folder / "train" / "manifest.json")["summary"]["start"] for folder in trained}
     base = artifacts.read_json(workdir / "base" / "manifest.json")["summary"]["fingerprint"]
     reference = artifacts.read_json(workdir / "reference" / "manifest.json")["summary"]["fingerprint"]
     assert starts == {base} and reference != base
@@ -76,27 +103,69 @@ def test_rows_are_fair(finished):
 
 def test_second_run_skips_every_stage(finished):
     workdir, first = finished
+    begin = time.monotonic()
     status, output = command.run(command.TINY, f"--workdir={workdir}")
-    assert status == 0
-    for stage in ("dataset", "base", "reference", "extract", "cluster", "select", "train", "evaluate", "report"):
-        assert f"[{stage}] complete" in output and f"[{stage}] begins" not in output
+    assert status == 0 and not begun(output)
+    assert complete(output) == begun(first) and set(complete(output)) == set(pipeline.NAMES)
     assert output.splitlines()[-12:] == first.splitlines()[-12:]  # the same table
+    assert time.monotonic() - begin < 30
 
 
-def test_another_config_is_refused_and_force_runs_again(finished, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished[0], workdir)
-    status, output = command.run(command.TINY, f"--workdir={workdir}", "--config.cluster.k=9")
+def test_another_config_is_refused_and_nothing_is_touched(finished):
+    workdir, _ = finished
+    before = inputs_of(workdir)
+    status, output = command.call(command.TINY, f"--workdir={workdir}", "--config.cluster.k=9")
     assert status == 2 and "cluster.k = 12, now 9" in output and "--force=cluster" in output
-    status, output = command.run(
-        command.TINY, f"--workdir={workdir}", "--config.cluster.k=9", "--force=cluster", "--stages=cluster,select"
-    )
+    assert not begun(output) and inputs_of(workdir) == before
+
+
+def test_force_with_stages_runs_these_again_and_no_other(copy):
+    """On eight devices, where the finished run had one: the same bits."""
+    before = {name: (copy / name).read_bytes() for name in DECISIVE}
+    status, output = command.call(command.TINY, f"--workdir={copy}", "--force=cluster", "--stages=cluster,select")
     assert status == 0, output
-    assert "[extract] complete" not in output and len(np.load(workdir / "cluster" / "centroids.npy")) <= 9
-    status, output = command.run(command.TINY, f"--workdir={workdir}", "--config.cluster.k=9", "--stages=select")
-    assert status == 0 and "[select] complete" in output
+    assert begun(output) == ["cluster", "select"] and not complete(output)
+    assert {name: (copy / name).read_bytes() for name in DECISIVE} == before
+    status, output = command.call(command.TINY, f"--workdir={copy}", "--stages=select")
+    assert status == 0 and complete(output) == ["select"] and not begun(output)
+
+
+def test_more_clusters_than_records_is_lowered_with_a_warning_and_goes_on(copy):
+    split = artifacts.read_json(copy / "dataset" / "split.json")
+    more = ("--config.cluster.k=1000", "--force=cluster", "--stages=cluster,select")
+    status, output = command.call(command.TINY, f"--workdir={copy}", *more)
+    valid = len(split["pool"])
+    assert status == 0 and f"warning: cluster.k=1000 is above the {valid} valid records" in output
+    assert len(np.load(copy / "cluster" / "centroids.npy")) <= valid
+    indices = np.load(copy / "select" / "indices.npy")
+    assert 0 < len(indices) <= int(0.2 * valid) and set(indices) <= set(split["pool"])
+
+
+def test_force_runs_a_stage_and_all_after_it_in_every_row(copy):
+    """With another clustering than the rows of the table were made from."""
+    before = inputs_of(copy)
+    status, output = command.run(command.TINY, f"--workdir={copy}", "--config.cluster.k=9", "--force=cluster")
+    assert status == 0, output
+    assert set(complete(output)) == {"dataset", "base", "reference", "extract"}
+    rows = [["train", "evaluate"], ["select", "train", "evaluate"], ["train", "evaluate"]]  # full, random, coincide_plus
+    assert begun(output) == ["cluster", "select", "train", "evaluate", *sum(rows, []), "report"]
+    after = inputs_of(copy)
+    assert after.keys() == before.keys()
+    kept = {name for name in before if after[name] == before[name]}
+    assert kept == {f"{stage}/manifest.json" for stage in ("dataset", "base", "reference", "extract")}
+    assert len(np.load(copy / "cluster" / "centroids.npy")) <= 9
 
 
 def test_a_stage_without_its_input_says_so(tmp_path):
-    status, output = command.run(command.TINY, f"--workdir={tmp_path / 'new'}", "--stages=cluster")
+    status, output = command.call(command.TINY, f"--workdir={tmp_path / 'new'}", "--stages=cluster")
     assert status == 2 and "needs 'dataset'" in output
+
+
+@pytest.mark.long
+def test_the_table_of_the_demo_has_learned_half_of_its_tasks(tmp_path):
+    """DESIGN's learning bar: the full-data row beats its blind floor by more than its interval on 6 of 12 tasks."""
+    status, output = command.run("--config=configs/demo.py:table", f"--workdir={tmp_path}", limit=7200)
+    assert status == 0, output
+    table = artifacts.read_json(tmp_path / "report" / "table.json")
+    assert len(table["tasks"]) == 12 and len(table["counted"]) >= 6
+    assert table["sentence"] == "" and all(row["seeds"] >= 3 for row in table["rows"].values())

@@ -22,6 +22,7 @@ from coincide_jax.core.errors import UserError
 
 SHARD_ROWS = 4096
 CHUNK_ROWS = 256
+HASHED_BYTES = 2 << 30  # what comes from outside is hashed up to this size
 
 
 @contextlib.contextmanager
@@ -103,6 +104,20 @@ def digest(path: pathlib.Path) -> str:
             while block := handle.read(1 << 20):
                 sha.update(block)
     return sha.hexdigest()
+
+
+def identity(path: pathlib.Path) -> str:
+    """What tells a file or folder from outside from another one: a model folder by its fingerprints, up to 2 GiB by
+    content, beyond that by names, sizes and times, since reading it in every run would take minutes."""
+    path = pathlib.Path(path)
+    if (path / "fingerprints.json").is_file():
+        return digest(path / "fingerprints.json")
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    states = [(str(file.relative_to(path)), file.stat()) for file in files]
+    if sum(state.st_size for _, state in states) <= HASHED_BYTES:
+        return digest(path)
+    listed = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _spec(path: pathlib.Path) -> dict:

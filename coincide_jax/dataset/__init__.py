@@ -27,6 +27,7 @@ KEYS = (
     "dataset.base_share",
     "dataset.limit",
     "dataset.max_bad",
+    "dataset.unique_ids",
     "dataset.seed",
     "dataset.system",
     "dataset.vocab",
@@ -221,7 +222,7 @@ def _read(name: str, path: pathlib.Path, folder: pathlib.Path, keys):
         raw = raw[: keys.limit]
     if any(isinstance(value, dict) and value.get("image") for value in raw) and not folder.is_dir():
         raise UserError(f"dataset.images: {folder} is not a folder; the image paths of {path} start from it")
-    records, quarantine, digests = source.validate(raw, folder, keys.threads)
+    records, quarantine, digests = source.validate(raw, folder, keys.threads, keys.unique_ids)
     first = "; ".join(f"row {row['index']}: {row['reason']}" for row in quarantine[:REASONS_SHOWN])
     if len(quarantine) == len(raw):
         raise UserError(f"all {len(raw)} records of {path} are quarantined: {first}")

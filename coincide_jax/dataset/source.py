@@ -115,8 +115,8 @@ def json_lines(text: str, path: pathlib.Path) -> list[tuple[int, object]]:
     return values
 
 
-def parse(raw: list[dict]) -> tuple[list[Record | None], list[dict]]:
-    """Checks everything but the image files.
+def parse(raw: list[dict], unique_ids: bool = False) -> tuple[list[Record | None], list[dict]]:
+    """Checks everything but the image files; with `unique_ids` the second record of an id is bad.
 
     Returns:
       One `Record` (or None) a row, and a quarantine row {index, id, reason} for every None.
@@ -125,7 +125,7 @@ def parse(raw: list[dict]) -> tuple[list[Record | None], list[dict]]:
     for index, value in enumerate(raw):
         try:
             record = _record(index, value)
-            if record.id in seen:
+            if unique_ids and record.id in seen:
                 raise BadRecordError(f"id '{record.id}' is already that of row {seen[record.id]}")
             seen[record.id] = index
             records.append(record)
@@ -136,13 +136,13 @@ def parse(raw: list[dict]) -> tuple[list[Record | None], list[dict]]:
     return records, quarantine
 
 
-def validate(raw: list[dict], images: pathlib.Path, threads: int):
+def validate(raw: list[dict], images: pathlib.Path, threads: int, unique_ids: bool = True):
     """Checks records and opens and decodes every image.
 
     Returns:
       (records, quarantine rows in row order, {image path: SHA-256 of its bytes} of the readable images).
     """
-    records, quarantine = parse(raw)
+    records, quarantine = parse(raw, unique_ids)
     digests, reasons = check_images({record.image for record in records if record and record.image}, images, threads)
     for index, record in enumerate(records):
         if record and record.image in reasons:
