@@ -21,6 +21,7 @@ def recipe(**changes) -> ConfigDict:
             warmup=0.03,  # share of the steps
             weight_decay=0.0,
             clip=1.0,  # global gradient norm
+            loss_mean="tokens",  # of a step: over its supervised tokens, or over the means of its 'records'
             lora=dict(rank=8, alpha=16.0, dropout=0.0, targets=("wq", "wk", "wv", "wo", "gate", "up", "down")),
             remat=False,
             checkpoint_every=200,  # steps

@@ -21,13 +21,12 @@ def get_config() -> ConfigDict:
     config.name = "llava_json"
     config.dataset.system = ""
     config.dataset.vocab = 4096
-    config.dataset.image_size = 60
-    config.dataset.max_length = 160
-    config.dataset.buckets = (72, 88, 112, 160)
-    config.model.vision.patch = 10
+    config.dataset.max_length = 128
+    config.dataset.buckets = (48, 64, 80, 128)
     config.cluster.k = 500
     for recipe in (config.base, config.reference.train, config.train):
         recipe.batch, recipe.micro_batch = 64, 32
-    config.base.epochs = 3.0
-    config.reference.train.epochs = 0.5
+        recipe.loss_mean = "records"  # else the few long answers decide what a small model learns
+    config.base.epochs = 10.0
+    config.train.epochs = 4.0
     return config.lock()

@@ -21,22 +21,22 @@ def environment() -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def start(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.Popen:
+def start(*arguments: str) -> subprocess.Popen:
     """Starts `python -m coincide_jax.main ARGUMENTS`; stdout and stderr are one pipe."""
     return subprocess.Popen(
         [sys.executable, "-m", "coincide_jax.main", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=cwd,
+        cwd=ROOT,
         env=environment(),
     )
 
 
-def run(*arguments: str, cwd: pathlib.Path = ROOT) -> tuple[int, str]:
-    """Exit status and whole output of one command."""
-    process = start(*arguments, cwd=cwd)
-    output, _ = process.communicate(timeout=600)
+def run(*arguments: str, limit: float = 600) -> tuple[int, str]:
+    """Exit status and whole output of one command that takes at most `limit` seconds."""
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=limit)
     return process.returncode, output
 
 

@@ -8,20 +8,47 @@ import subprocess
 import sys
 
 import command
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
+
+from coincide_jax.core import artifacts
+from coincide_jax.dataset import drawn
 
 README = (command.ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"<!-- (\w+) -->\n```(?:bash|python)?\n(.*?)```", README, re.S)
-SHORT = {name: text for name, text in BLOCKS if name not in ("install", "test", "demo", "table", "long", "own")}
+ELSEWHERE = ("install", "test", "demo")  # .ci/run runs these as printed
+LONG = ("table", "long")  # minutes to hours: the long tests are them
+SHORT = {name: text for name, text in BLOCKS if name not in (*ELSEWHERE, *LONG, "own")}
 NEEDS_PUBLISHED = ("llava15",)
+SMALL = {
+    "dataset": "limit=400 vocab=512 buckets=(160,)",
+    "model.vision": "width=32 depth=1 heads=2",
+    "model.decoder": "width=32 mlp=64",
+    "base": "epochs=1",
+    "cluster": "k=20",
+    "evaluate": "limit=4 max_new_tokens=8",
+}
 
 
-def shell(text: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
-    """Runs a printed command with this Python first on the path."""
+@pytest.fixture
+def own_data(tmp_path) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+    """Records file, images folder, workdir: of the data that COINCIDE_DATA names, else of a drawn data set."""
+    folder = os.environ.get("COINCIDE_DATA")
+    if folder is None:
+        folder = drawn.draw(tmp_path / "data", ConfigDict(dict(records=400, heldout=12, base=12, seed=3)))
+    folder = pathlib.Path(folder)
+    return folder / "train.json", folder / "images", tmp_path / "workdir"
+
+
+def shell(text: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
+    """Runs a printed command with this Python first on the path, in a folder that holds nothing but `configs`: what an
+    earlier run left in the project's `runs` does not matter."""
+    (folder / "configs").symlink_to(command.ROOT / "configs")
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
-        cwd=cwd,
+        cwd=folder,
         env={**command.environment(), "PATH": path},
         capture_output=True,
         text=True,
@@ -33,27 +60,40 @@ def shell(text: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
 def test_every_command_has_a_name():
     fenced = re.findall(r"```(?:bash|python)\n", README)
     assert len(fenced) == len(BLOCKS) and len({name for name, _ in BLOCKS}) == len(BLOCKS)
+    assert {*ELSEWHERE, *LONG, "own", *NEEDS_PUBLISHED} <= {name for name, _ in BLOCKS}
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))
-def test_command_runs_as_printed(name):
-    done = shell(SHORT[name], command.ROOT)
+def test_command_runs_as_printed(name, tmp_path):
+    done = shell(SHORT[name], tmp_path)
     if name in NEEDS_PUBLISHED:
         assert done.returncode == 2 and "does not exist" in done.stderr.strip().splitlines()[-1]
         assert "Traceback" not in done.stderr
     else:
         assert done.returncode == 0, done.stdout + done.stderr
+        assert list(tmp_path.glob("runs/*/*/manifest.json"))
 
 
-def test_own_data_command_runs_as_printed(own_data):
-    text = dict(BLOCKS)["own"]
+def test_own_data_command_runs_as_printed(own_data, tmp_path):
+    """With its capitals filled in, and behind it what makes the models small."""
+    text = dict(BLOCKS)["own"].rstrip()
     records, images, workdir = own_data
-    for word, value in (("PATH.json", records), ("--config.dataset.images=DIR", f"--config.dataset.images={images}")):
-        assert word in text
-        text = text.replace(word, shlex.quote(str(value)) if word == "PATH.json" else value)
-    text = text.replace("--workdir=DIR", f"--workdir={workdir}").rstrip()
-    small = "--config.dataset.limit=400 --config.evaluate.limit=10 --config.cluster.k=20"
-    done = shell(f"{text} {small}", command.ROOT)
+    for shown, value in (
+        ("PATH.json", records),
+        ("images=DIR", f"images={images}"),
+        ("workdir=DIR", f"workdir={workdir}"),
+    ):
+        assert text.count(shown) == 1
+        text = text.replace(shown, shlex.quote(str(value)))
+    small = [f"--config.{part}.{value}" for part, values in SMALL.items() for value in values.split()]
+    done = shell(f"{text} {shlex.join(small)}", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    split = artifacts.read_json(workdir / "dataset" / "split.json")
+    parts = [split[name] for name in ("pool", "dev", "heldout", "base")]
+    assert split["n"] == 400 == sum(map(len, parts)) + split["quarantined"] and min(map(len, parts)) > 0
+    picked = np.load(workdir / "select" / "indices.npy")
+    assert 0 < len(picked) <= 0.2 * len(split["pool"]) and set(picked) <= set(split["pool"])
     assert (workdir / "report" / "report.html").is_file()
-    assert (workdir / "select" / "indices.npy").is_file()
+    assert set(artifacts.read_json(workdir / "report" / "table.json")["rows"]) == {
+        "coincide", "full", "random", "coincide_plus",
+    }  # fmt: skip

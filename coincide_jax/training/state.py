@@ -15,6 +15,7 @@ from coincide_jax.kernels import plan
 from coincide_jax.models import layers, lora
 
 MODES = ("full", "lora")
+MEANS = ("tokens", "records")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Recipe:
     warmup: float
     weight_decay: float
     clip: float
+    loss_mean: str
     rank: int
     alpha: float
     dropout: float
@@ -51,6 +53,8 @@ class Recipe:
         recipe = cls(**values | {"targets": tuple(values["targets"])})
         if recipe.mode not in MODES:
             raise unknown(f"{name}.mode", recipe.mode, MODES)
+        if recipe.loss_mean not in MEANS:
+            raise unknown(f"{name}.loss_mean", recipe.loss_mean, MEANS)
         for key in ("batch", "micro_batch", "checkpoint_every", "keep", "learning_rate", "clip", "epochs"):
             if getattr(recipe, key) <= 0:
                 raise UserError(f"{name}.{key} is {getattr(recipe, key)}; expected a number above 0")

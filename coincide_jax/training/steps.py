@@ -16,12 +16,13 @@ from coincide_jax.training.state import Recipe, Schedule, TrainState, optimizer,
 class Accumulator(NamedTuple):
     """Sums over the micro-batches of a step, float32.
 
-    grads: of the summed NLL; nll: f32[], summed; tokens: f32[], supervised; losses: f32[B], mean token NLL of each plan
-    slot, NaN where no record was seen.
+    grads: of the summed objective; objective: f32[]; weight: f32[], what both are divided by in the end; tokens: f32[],
+    supervised; losses: f32[B], mean token NLL of each plan slot, NaN where no record was seen.
     """
 
     grads: dict
-    nll: jax.Array
+    objective: jax.Array
+    weight: jax.Array
     tokens: jax.Array
     losses: jax.Array
 
@@ -39,7 +40,8 @@ class Steps(NamedTuple):
 
 def empty(params: dict, batch: int) -> Accumulator:
     """Nothing summed yet."""
-    return Accumulator(jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()), jnp.full(batch, jnp.nan))
+    nothing = jnp.zeros(())
+    return Accumulator(jax.tree.map(jnp.zeros_like, params), nothing, nothing, nothing, jnp.full(batch, jnp.nan))
 
 
 def record_nll(params: dict, batch: dict, cfg, **options) -> tuple[jax.Array, jax.Array]:
@@ -73,30 +75,33 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
                 if recipe.dropout:
                     options["dropout_key"] = jax.random.fold_in(jax.random.fold_in(key, step), number)
             nll, tokens = record_nll(whole, batch, cfg, **options)
-            return nll.sum(), (nll, tokens)
+            if recipe.loss_mean == "records":
+                return (nll / jnp.maximum(tokens, 1.0)).sum(), (nll, tokens, (tokens > 0).astype(jnp.float32).sum())
+            return nll.sum(), (nll, tokens, tokens.sum())
 
-        (total, (nll, tokens)), grads = jax.value_and_grad(summed, has_aux=True)(params)
+        (total, (nll, tokens, weight)), grads = jax.value_and_grad(summed, has_aux=True)(params)
         slot = jnp.where(batch["valid"], batch["slot"], recipe.batch)  # beyond the end: dropped
         mean, slot = jax.reshard((nll / jnp.maximum(tokens, 1.0), slot), jax.P(None))
         return Accumulator(
             jax.tree.map(jnp.add, accumulator.grads, grads),
-            accumulator.nll + total,
+            accumulator.objective + total,
+            accumulator.weight + weight,
             accumulator.tokens + tokens.sum(),
             accumulator.losses.at[slot].set(mean, mode="drop"),
         )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def apply(state: TrainState, accumulator: Accumulator, schedule: Schedule):
-        tokens = jnp.maximum(accumulator.tokens, 1.0)
-        grads = jax.tree.map(lambda grad: grad / tokens, accumulator.grads)
+        weight = jnp.maximum(accumulator.weight, 1.0)
+        grads = jax.tree.map(lambda grad: grad / weight, accumulator.grads)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
             updates, opt = transform.update(grads, state.opt, state.params)
         updates = schedule.scale(updates, state.step)
         row = state.step % state.plan.arms.shape[1]
         seen = jnp.isfinite(accumulator.losses)
-        weight = jnp.where(seen, state.plan.weight[0, row], 0.0)
+        drawn = jnp.where(seen, state.plan.weight[0, row], 0.0)
         metrics = {
-            "loss": accumulator.nll / tokens,
+            "loss": accumulator.objective / weight,
             "learning_rate": schedule.peak * schedule.factor(state.step),
             "gradient_norm": optax.tree.norm(grads),
             "tokens": accumulator.tokens.astype(jnp.int32),
@@ -106,7 +111,7 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt=opt,
-            sampler=sampler.update(state.sampler, state.plan.arms[0, row], accumulator.losses, weight),
+            sampler=sampler.update(state.sampler, state.plan.arms[0, row], accumulator.losses, drawn),
         )
         return state, empty(state.params, recipe.batch), metrics
 

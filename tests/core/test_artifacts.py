@@ -34,7 +34,7 @@ def test_rows_come_back(store):
 @pytest.mark.parametrize("shard", [0, 1, 2])
 def test_a_missing_shard_is_an_error(store, shard):
     shards(store[0])[shard].unlink()
-    with pytest.raises(UserError, match="features.zarr"):
+    with pytest.raises(UserError, match=r"features\.zarr"):
         artifacts.read_features(store[0])
 
 
@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_an_error(store, shard):
     data = bytearray(file.read_bytes())
     data[5] ^= 4
     file.write_bytes(data)
-    with pytest.raises(UserError, match="features.zarr"):
+    with pytest.raises(UserError, match=r"features\.zarr"):
         artifacts.read_features(store[0])
 
 

@@ -1,82 +1,99 @@
 """SIGKILL in the middle of a stage: the next run finishes with the numbers of an undisturbed one."""
 
 import json
-import os
 import random
 import signal
+import threading
 import time
 
 import command
 import numpy as np
 import pytest
 
+from coincide_jax import pipeline
 from coincide_jax.core import artifacts
 
-KILLED = ("dataset", "base", "extract", "train")
-OTHERS = ("reference", "cluster", "select", "evaluate", "report")
+# stage → what is on disk when it is half done; saving after every step so that something is there to go on from
+HALF_DONE = {
+    "dataset": "dataset/drawn",
+    "base": "base/checkpoints/2/commit_success.txt",
+    "extract": "extract/features.zarr/zarr.json",
+    "train": "train/checkpoints/1/commit_success.txt",
+}
+SAVE_OFTEN = ("--config.base.checkpoint_every=1", "--config.train.checkpoint_every=1")
 
 
-def kill_in(stage: str, workdir, delay: float) -> bool:
-    """Starts a run and kills it `delay` seconds after `stage` begins. Returns whether it died of that."""
-    process = command.start(command.TINY, f"--workdir={workdir}")
+def interrupt(workdir, stage: str, ready, number: int = signal.SIGKILL) -> tuple[int, str]:
+    """Starts a run and sends it a signal when `stage` has begun and `ready()` is true. Returns status and output."""
+    process = command.start(command.TINY, f"--workdir={workdir}", *SAVE_OFTEN)
+    begun = threading.Event()
+
+    def watch() -> None:
+        begun.wait()
+        while process.poll() is None and not ready():
+            time.sleep(0.005)
+        process.send_signal(number)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    lines = []
     for line in process.stdout:
+        lines.append(line)
         if f"[{stage}] begins" in line:
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-            break
-    process.stdout.read()
-    return process.wait() == -signal.SIGKILL
+            begun.set()
+    begun.set()
+    watcher.join()
+    return process.wait(), "".join(lines)
 
 
 def results(workdir) -> dict:
-    """What must not change: picks and scores of every row."""
-    return {
-        "indices": np.load(workdir / "select" / "indices.npy").tolist(),
-        "scores": {
-            str(path.relative_to(workdir)): json.loads(path.read_text())
-            for path in sorted(workdir.rglob("evaluate/scores.json"))
-        },
-        "losses": [row["loss"] for row in artifacts.read_jsonl(workdir / "train" / "metrics.jsonl")],
-    }
+    """What must not change: picks of every row, what each step of it saw and lost, what it answered and scored."""
+    found = {}
+    for path in sorted(workdir.rglob("manifest.json")):
+        folder = path.parent
+        name = str(folder.relative_to(workdir))
+        if folder.name == "select":
+            found[name] = np.load(folder / "indices.npy").tolist()
+        elif folder.name in ("base", "reference", "train"):
+            steps = artifacts.read_jsonl(folder / "metrics.jsonl")
+            found[name] = [{key: value for key, value in step.items() if key != "seconds"} for step in steps]
+            found[f"{name}, weights"] = artifacts.read_json(path)["summary"]["fingerprint"]
+        elif folder.name == "evaluate":
+            found[name] = json.loads((folder / "scores.json").read_text())
+            found[f"{name}, answers"] = artifacts.read_jsonl(folder / "answers.jsonl")
+    return found
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Results of a run that nobody killed."""
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    status, output = command.run(command.TINY, f"--workdir={workdir}")
+def finish(workdir, finished) -> str:
+    """Runs to the end and compares; returns the screen."""
+    status, output = command.run(command.TINY, f"--workdir={workdir}", *SAVE_OFTEN)
     assert status == 0, output
-    return results(workdir)
+    assert results(workdir) == results(finished[0])
+    return output
 
 
-def finish(workdir, undisturbed):
-    status, output = command.run(command.TINY, f"--workdir={workdir}")
-    assert status == 0, output
-    assert results(workdir) == undisturbed
+def test_killed_in_four_stages_of_one_run(finished, tmp_path):
+    outputs = {}
+    for stage, half_done in HALF_DONE.items():
+        status, outputs[stage] = interrupt(tmp_path, stage, (tmp_path / half_done).exists)
+        assert status == -signal.SIGKILL and not (tmp_path / stage / "manifest.json").exists(), outputs[stage]
+    last = finish(tmp_path, finished)
+    for stage, output in (("dataset", outputs["base"]), ("base", outputs["extract"]), ("train", last)):
+        assert f"[{stage}] begins · {tmp_path}/{stage} · attempt 2, going on from what is there" in output
+    assert "[base] goes on at step " in outputs["extract"] and "[train] goes on at step " in last
 
 
-def test_killed_in_four_stages_of_one_run(undisturbed, tmp_path):
-    for stage in KILLED:
-        assert kill_in(stage, tmp_path, delay=0.5), f"the run was over before the kill in {stage}"
-    finish(tmp_path, undisturbed)
+def test_sigterm_in_training_saves_and_exits(finished, tmp_path):
+    ready = (tmp_path / "train" / "run.json").exists
+    status, output = interrupt(tmp_path, "train", ready, signal.SIGTERM)
+    assert status == 143 and "[train] SIGTERM: saved at step 1 of 2" in output, output
+    assert "[train] goes on at step 1 of 2" in finish(tmp_path, finished)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", KILLED + OTHERS)
 @pytest.mark.parametrize("attempt", range(3))
-def test_killed_at_a_random_moment(stage, attempt, undisturbed, tmp_path):
+@pytest.mark.parametrize("stage", pipeline.NAMES)
+def test_killed_at_a_random_moment(stage, attempt, finished, tmp_path):
     delay = random.Random(f"{stage}/{attempt}").uniform(0.0, 3.0)
-    kill_in(stage, tmp_path, delay)
-    finish(tmp_path, undisturbed)
-
-
-def test_sigterm_in_training_saves_and_exits(undisturbed, tmp_path):
-    process = command.start(command.TINY, f"--workdir={tmp_path}")
-    for line in process.stdout:
-        if "[train] begins" in line:
-            time.sleep(1.0)
-            os.kill(process.pid, signal.SIGTERM)
-            break
-    process.stdout.read()
-    assert process.wait() == 143
-    finish(tmp_path, undisturbed)
+    interrupt(tmp_path, stage, lambda: not time.sleep(delay))
+    finish(tmp_path, finished)
