@@ -36,7 +36,7 @@ setup(
         "cuda12": [f"jax[cuda12]{JAX}"],  # Ampere and Hopper with older drivers
         "v100": [f"jax[cuda12]{JAX}", "nvidia-cudnn-cu12>=9.10.2.21,<9.11"],  # cuDNN 9.11 dropped sm_70
         "tpu": [f"jax[tpu]{JAX}"],
-        "test": ["pytest", "hypothesis", "faiss-cpu", "ruff"],
+        "test": ["pytest", "hypothesis", "faiss-cpu", "ruff", "torch==2.13.0", "transformers>=5.6"],
     },
     entry_points={"console_scripts": ["coincide=coincide_jax.main:cli"]},
 )

@@ -12,7 +12,6 @@ which makes features bitwise independent of the number of devices.
 """
 
 import functools
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -142,6 +141,7 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
         held = jax.tree.map(lambda leaf: leaf[: taps[-1] + 1], params["decoder"]["blocks"])
         params = params | {"decoder": params["decoder"] | {"blocks": held}}
     width = 2 * len(taps) * cfg.decoder.width
+    tell_cuts(data, split["pool"])
     say("extract", f"{len(split['pool'])} records · decoder layers {list(taps)} of {cfg.decoder.depth} · D = {width}")
     store = artifacts.create_features(out / "features.zarr", split["n"], width)
     pool_rows = np.asarray(split["pool"], np.int64)
@@ -156,6 +156,15 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
                 )
             progress.advance(len(members))
     return collect(out, split, data, names, inputs["dataset"], width, taps)
+
+
+def tell_cuts(data: Dataset, pool: Sequence[int]) -> None:
+    """Says how many records fill `dataset.max_length`: those are cut there, some before their answer."""
+    full = np.asarray(pool)[data.lengths(pool) >= data.buckets[-1]]
+    unanswered = sum(not data.encode(int(index)).labels.any() for index in full)
+    if len(full):
+        tail = f"; {unanswered} of them have no answer left" if unanswered else ""
+        say("extract", f"{len(full)} records reach dataset.max_length = {data.buckets[-1]} and are cut there{tail}")
 
 
 def write_shard(store, part: Path, shard: int, members: np.ndarray, data, params, cfg, taps, names: Sequence[str],
@@ -200,7 +209,6 @@ def collect(out: Path, split: dict, data, names: Sequence[str], dataset: Path, w
     rows = artifacts.read_jsonl(dataset / "quarantine.jsonl")
     rows += [{"index": i, "id": data.records[i].id, "reason": "unreadable at extraction"} for i in lost]
     artifacts.write_jsonl(out / "quarantine.jsonl", rows)
-    shutil.rmtree(out / "parts")
     repaired = int(columns["repaired"].sum())
     if repaired:
         say("extract", f"{repaired} records had non-finite activations, replaced by 0")

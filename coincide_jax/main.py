@@ -1,6 +1,6 @@
 """The command: flags, mesh, then `pipeline.run`.
 
-    python -m coincide_jax.main --config=FILE [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=STAGE]
+python -m coincide_jax.main --config=FILE [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=STAGE]
 """
 
 import ctypes
@@ -16,12 +16,13 @@ from ml_collections import config_flags
 
 from coincide_jax import pipeline
 from coincide_jax.core import axes
-from coincide_jax.core.errors import UserError, nearest
+from coincide_jax.core.errors import UserError, nearest, unknown
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `configs/demo.py` or `configs/demo.py:table`.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config name>.")
 STAGES = flags.DEFINE_list("stages", [], f"Run only these stages of {', '.join(pipeline.NAMES)}.")
-FORCE = flags.DEFINE_string("force", None, "Run this stage and all after it again.")
+FORCE = flags.DEFINE_string("force", None, "Run this stage and all after it again, in every row.")
+TABLE = flags.DEFINE_bool("table", True, "Run every row of the config's table; --notable: the config as one run.")
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
@@ -40,18 +41,29 @@ def config_path(argv: Sequence[str]) -> tuple[pathlib.Path, str]:
 
 
 def load_module(file: pathlib.Path):
-    """Imports a config file by path; its folder's parent joins the search path so that `configs.common` is found."""
+    """Imports a config file by path.
+
+    The nearest folder above it that holds `configs/common.py` joins the search path, so that `configs.common` is found
+    from wherever the command is started; for a file elsewhere, the folder of this package's checkout.
+    """
     if not file.is_file():
         found = "a folder" if file.is_dir() else "no such file"
         valid = [str(path) for path in sorted(file.parent.glob("*.py"))] if file.parent.is_dir() else []
         raise UserError(f"config {file}: {found}{nearest(str(file), valid) if valid else '.'}")
-    root = str(file.resolve().parent.parent)
-    if root not in sys.path:
+    above = (*file.resolve().parents, pathlib.Path(__file__).resolve().parent.parent)
+    root = next((str(folder) for folder in above if (folder / "configs" / "common.py").is_file()), None)
+    if root is not None and root not in sys.path:
         sys.path.insert(0, root)
     spec = importlib.util.spec_from_file_location("coincide_config", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def given_keys(argv: Sequence[str]) -> list[str]:
+    """The config keys that a command line sets, dotted."""
+    words = (word.lstrip("-").split("=", 1)[0] for word in argv[1:] if word.startswith("-"))
+    return [word.removeprefix("config.") for word in words if word.startswith("config.")]
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -62,10 +74,9 @@ def parse(argv: Sequence[str]) -> list[str]:
     module = load_module(file)
     config = module.get_config(argument) if argument else module.get_config()
     keys = pipeline.flatten(config)
-    for word in argv[1:]:
-        name = word.lstrip("-").split("=", 1)[0]
-        if name.startswith("config.") and name.removeprefix("config.") not in keys:
-            raise UserError(f"unknown config key '{name.removeprefix('config.')}'{nearest(name[7:], keys)}")
+    for name in given_keys(argv):
+        if name not in keys:
+            raise unknown("config key", name, keys)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -80,12 +91,20 @@ def find_sweep(argv: Sequence[str]) -> Callable | None:
 def main(argv: Sequence[str]) -> None:
     """Runs the pipeline of the parsed flags."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    keep_memory()
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)
     mesh = axes.make_mesh(config.device.model_parallel)
     with jax.set_mesh(mesh):
         pipeline.run(
-            config, workdir, mesh, sweep=find_sweep(sys.argv), stages=STAGES.value, force=FORCE.value, command=sys.argv
+            config,
+            workdir,
+            mesh,
+            sweep=find_sweep(sys.argv) if TABLE.value else None,
+            given=given_keys(sys.argv),
+            stages=STAGES.value,
+            force=FORCE.value,
+            command=sys.argv,
         )
 
 
@@ -114,7 +133,6 @@ def keep_memory() -> None:
 def cli() -> None:
     """Entry point: a user's mistake ends in one sentence and exit status 2."""
     keep_compiled()
-    keep_memory()
 
     def guarded(action: Callable):
         def call(argv):

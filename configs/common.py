@@ -111,6 +111,7 @@ def defaults() -> ConfigDict:
                 rows=32,  # questions a batch
                 max_new_tokens=24,
                 limit=0,  # questions a task, drawn by fixed seed; 0 = all
+                tasks_to_rank=5,  # with fewer tasks learned by the full-data row nothing is ranked
                 bootstrap=1000,  # resamples of the 95 % intervals
                 seed=0,
             ),

@@ -30,6 +30,7 @@ def get_config(rows: str = "one") -> ConfigDict:
     config.reference.train.epochs = 1.0
     config.train.epochs = 3.0
     config.evaluate.max_new_tokens = 16
+    config.evaluate.tasks_to_rank = 6
     if rows == "tiny":
         config.dataset.drawn = dict(records=240, heldout=48, base=160, seed=0)
         config.dataset.vocab = 512

@@ -82,7 +82,13 @@ def test_unknown_selector(tmp_path):
 
 def test_unknown_sampler(tmp_path):
     line = sentence("--config=configs/llava15.py", f"--workdir={tmp_path}/w", "--config.curriculum.name=exp33")
-    assert "unknown sampler 'exp33'" in line and "did you mean 'exp3'" in line
+    assert "'exp33'; did you mean 'exp3'" in line
+
+
+@pytest.mark.parametrize(("key", "value"), [("select.name", "random"), ("curriculum.pool", "all"), ("train.seed", 3)])
+def test_a_key_that_the_rows_of_the_table_set(tmp_path, key, value):
+    line = sentence(*own("none", tmp_path, f"--config.{key}={value}"))
+    assert f"config key '{key}' is set by " in line and "--notable" in line
 
 
 def test_unknown_metric_is_found_before_anything_runs(records, tmp_path):

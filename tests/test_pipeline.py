@@ -51,13 +51,12 @@ def complete(output: str) -> list[str]:
     return [line[1:].split("]")[0] for line in output.splitlines() if "] complete · " in line]
 
 
-def inputs_of(workdir: pathlib.Path) -> dict[str, dict]:
-    """What every finished stage of a workdir, rows included, was made from, and what identity it has."""
-    return {
-        str(path.relative_to(workdir)): {key: manifest[key] for key in ("inputs", "identity")}
-        for path in sorted(workdir.rglob("manifest.json"))
-        if "identity" in (manifest := artifacts.read_json(path))
+def beginnings(workdir: pathlib.Path) -> dict[str, float]:
+    """When every finished stage of a workdir, rows included, began."""
+    found = {
+        str(path.parent.relative_to(workdir)): artifacts.read_json(path) for path in workdir.rglob("manifest.json")
     }
+    return {name: manifest["recorded"]["began"] for name, manifest in found.items() if "recorded" in manifest}
 
 
 def test_every_contracted_file_is_there(finished):
@@ -127,10 +126,10 @@ def test_second_run_skips_every_stage(finished):
 
 def test_another_config_is_refused_and_nothing_is_touched(finished):
     workdir, _ = finished
-    before = inputs_of(workdir)
+    before = beginnings(workdir)
     status, output = command.call(command.TINY, f"--workdir={workdir}", "--config.cluster.k=9")
     assert status == 2 and "cluster.k = 12, now 9" in output and "--force=cluster" in output
-    assert not begun(output) and inputs_of(workdir) == before
+    assert not begun(output) and beginnings(workdir) == before
 
 
 def test_force_with_stages_runs_these_again_and_no_other(copy):
@@ -157,17 +156,17 @@ def test_more_clusters_than_records_is_lowered_with_a_warning_and_goes_on(copy):
 
 def test_force_runs_a_stage_and_all_after_it_in_every_row(copy):
     """With another clustering than the rows of the table were made from."""
-    before = inputs_of(copy)
+    before = beginnings(copy)
     status, output = command.run(command.TINY, f"--workdir={copy}", "--config.cluster.k=9", "--force=cluster")
     assert status == 0, output
     assert set(complete(output)) == {"dataset", "base", "reference", "extract"}
     full, random, coincide_plus = ("train", "evaluate"), ("select", "train", "evaluate"), ("train", "evaluate")
     headline = ("cluster", "select", "train", "evaluate")
     assert begun(output) == [*headline, *full, *random, *coincide_plus, "report"]
-    after = inputs_of(copy)
+    after = beginnings(copy)
     assert after.keys() == before.keys()
     kept = {name for name in before if after[name] == before[name]}
-    assert kept == {f"{stage}/manifest.json" for stage in ("dataset", "base", "reference", "extract")}
+    assert kept == {"dataset", "base", "reference", "extract"} and {"train", "rows/full/seed0/train"} <= before.keys()
     assert len(np.load(copy / "cluster" / "centroids.npy")) <= 9
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from coincide_jax import pipeline
 from coincide_jax.core import artifacts
 from coincide_jax.dataset import drawn
+from configs import demo, llava_json
 
 README = (command.ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"<!-- (\w+) -->\n```(?:bash|python)?\n(.*?)```", README, re.S)
@@ -21,14 +23,16 @@ ELSEWHERE = ("install", "test", "demo")  # .ci/run runs these as printed
 LONG = ("table", "long")  # minutes to hours: the long tests are them
 SHORT = {name: text for name, text in BLOCKS if name not in (*ELSEWHERE, *LONG, "own")}
 NEEDS_PUBLISHED = ("llava15",)
-SMALL = {
-    "dataset": "limit=400 vocab=512 buckets=(160,)",
-    "model.vision": "width=32 depth=1 heads=2",
-    "model.decoder": "width=32 mlp=64",
-    "base": "epochs=1",
-    "cluster": "k=20",
-    "evaluate": "limit=4 max_new_tokens=8",
-}
+
+
+def small() -> list[str]:
+    """Flags that give `configs/llava_json.py` few records and the sizes of the tiny demo, whose programs are there."""
+    own, tiny = pipeline.flatten(llava_json.get_config()), pipeline.flatten(demo.get_config("tiny"))
+    sizes = {key: value for key, value in tiny.items() if value != own[key] and not key.startswith("dataset.drawn")}
+    sizes |= {"dataset.limit": 400, "evaluate.limit": 4, "cluster.k": 20}
+    for key in ("name", "dataset.records"):
+        del sizes[key]
+    return [f"--config.{key}={tuple(value) if isinstance(value, list) else value}" for key, value in sizes.items()]
 
 
 @pytest.fixture
@@ -85,8 +89,7 @@ def test_own_data_command_runs_as_printed(own_data, tmp_path):
     ):
         assert text.count(shown) == 1
         text = text.replace(shown, shlex.quote(str(value)))
-    small = [f"--config.{part}.{value}" for part, values in SMALL.items() for value in values.split()]
-    done = shell(f"{text} {shlex.join(small)}", tmp_path)
+    done = shell(f"{text} {shlex.join(small())}", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     split = artifacts.read_json(workdir / "dataset" / "split.json")
     parts = [split[name] for name in ("pool", "dev", "heldout", "base")]

@@ -12,6 +12,9 @@ from PIL import Image, ImageDraw
 from coincide_jax import report
 from coincide_jax.core import artifacts
 from coincide_jax.evaluation import relative
+from coincide_jax.kernels import kmeans
+from coincide_jax.report import tables
+from coincide_jax.report.sources import Artefacts
 
 TASKS = ("colour", "count", "existence", "reading", "caption", "text_only")
 QUESTIONS = (
@@ -112,9 +115,9 @@ def write_run(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def write_train(run: pathlib.Path, seed: int, curriculum: bool) -> None:
-    """Training lines of one row and seed."""
+    """Training lines of one row and seed; the last round of a curriculum was drawn ahead and never trained."""
     rng = np.random.default_rng(seed)
-    steps = np.arange(120)
+    steps = np.arange(1, 121)
     loss = 3 * np.exp(-steps / 40) + 0.6 + 0.1 * rng.random(120)
     lines = [
         {"step": int(s), "loss": float(v), "learning_rate": 1e-3 * (1 - s / 120)}
@@ -123,8 +126,12 @@ def write_train(run: pathlib.Path, seed: int, curriculum: bool) -> None:
     artifacts.write_jsonl(run / "train" / "metrics.jsonl", lines)
     if curriculum:
         weights = rng.random(K)
-        rounds = [np.exp(weights * t / 6) / np.exp(weights * t / 6).sum() for t in range(12)]
-        lines = [{"round": t, "draws": [1] * K, "probabilities": p.tolist()} for t, p in enumerate(rounds)]
+        rounds = [np.exp(weights * t / 6) / np.exp(weights * t / 6).sum() for t in range(13)]
+        lines = [
+            {"round": t, "drawn_at": 10 * max(t - 1, 0), "draws": [1] * K, "probabilities": p.tolist()}
+            for t, p in enumerate(rounds)
+        ]
+        artifacts.write_json(run / "train" / "run.json", {"round_steps": 10, "lag": 1})
         artifacts.write_jsonl(run / "train" / "curriculum.jsonl", lines)
 
 
@@ -149,6 +156,9 @@ def made(tmp_path_factory) -> dict:
         for seed in range(2):
             run = workdir / "rows" / row / f"seed{seed}"
             write_train(run, seed, curriculum=row == "coincide_plus")
+            if row != "coincide_plus":
+                summary = {"steps": 1200, "distinct": 330 if row == "full" else 60 + seed}
+                artifacts.write_json(run / "train" / "manifest.json", {"summary": summary})
             rows[row].append(run)
     skills = {"coincide": 0.6, "full": 0.7, "random": 0.5, "coincide_plus": 0.62}
     table = relative.compare(
@@ -231,6 +241,65 @@ def test_first_line_says_that_nothing_can_be_ranked(made):
     assert body.startswith('<p class="verdict warn">Nothing can be ranked: there is no row')
     assert (out / "table.md").read_text().startswith("Nothing can be ranked")
     assert "train/curriculum.jsonl of a row with more than one arm" in page(out)
+
+
+def test_rows_say_what_they_were_trained_on(made):
+    """From the summaries of the manifests; the headline and coincide_plus have none, seeds of random differ."""
+    lines = (made["out"] / "table.md").read_text().splitlines()
+    assert "| distinct records | | | | – | 330 | 60–61 | – |" in lines
+    assert "| steps | | | | – | 1,200 | 1,200 | – |" in lines
+    assert "<tr><td>distinct records</td><td></td><td></td><td></td><td>–</td><td>330</td><td>60–61</td>" in page(
+        made["out"]
+    )
+    assert tables.seen(Artefacts(made["inputs"], {}), made["table"]) == []
+
+
+def test_without_results_the_rest_stands(made):
+    table, out = relative.compare({}), made["workdir"] / "unasked"
+    report.run(
+        ConfigDict({"name": "demo"}), made["inputs"], out, None, rows={"coincide": [made["workdir"]]}, table=table
+    )
+    text = page(out)
+    assert text.split("<main>")[1].lstrip().startswith('<p class="verdict warn">Nothing was evaluated')
+    assert "the table of results needs <code>evaluate/answers.jsonl" in text
+    assert '<h2 id="training"' in text and ">optimiser step</text>" in text
+    assert (out / "table.md").read_text() == table["sentence"] + "\n"
+
+
+def test_intervals_that_are_not_known_are_left_blank(made):
+    table = json.loads(json.dumps(made["table"]))
+    for row in table["rows"].values():
+        row["rel_interval"] = None
+        row["scores"]["count"]["interval"] = None
+        if row["against"]:
+            row["against"]["interval"] = None
+    out = made["workdir"] / "unknown"
+    summary = report.run(ConfigDict({"name": "demo"}), made["inputs"], out, None, rows=made["rows"], table=table)
+    assert summary["left_out"] == []
+    assert "nan" not in (out / "table.md").read_text() and "None" not in (out / "table.md").read_text()
+    assert "None" not in page(out).split('id="coreset"')[0]
+
+
+def test_rounds_that_were_drawn_but_never_trained_are_left_out(made):
+    """120 steps in rounds of 10: round 12, drawn ahead at step 110, would begin at step 120."""
+    assert "drawn from in 12 rounds" in page(made["out"])
+
+
+def test_a_curriculum_without_its_plan_says_so(made):
+    run = made["workdir"] / "rows" / "coincide_plus" / "seed0" / "train"
+    held = (run / "run.json").read_bytes()
+    (run / "run.json").unlink()
+    out = made["workdir"] / "planless"
+    summary = report.run(
+        ConfigDict({"name": "demo"}), made["inputs"], out, None, rows=made["rows"], table=made["table"]
+    )
+    (run / "run.json").write_bytes(held)
+    assert summary["left_out"] == ["curriculum"] and "seed0/train/run.json" in page(out)
+
+
+def test_members_of_clusters_leave_out_what_is_in_none():
+    groups = kmeans.members(np.array([1, -1, 0, 3, 1]), 4)
+    assert [group.tolist() for group in groups] == [[2], [0, 4], [], [3]]
 
 
 def test_missing_artefacts_are_named(made):

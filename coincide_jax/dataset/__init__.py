@@ -220,8 +220,10 @@ def _read(name: str, path: pathlib.Path, folder: pathlib.Path, keys):
     raw = source.load(path)
     if name == "records" and keys.limit:
         raw = raw[: keys.limit]
-    if any(isinstance(value, dict) and value.get("image") for value in raw) and not folder.is_dir():
-        raise UserError(f"dataset.images: {folder} is not a folder; the image paths of {path} start from it")
+    given = folder.is_dir() and (keys.images or keys.records == "drawn")
+    if any(isinstance(value, dict) and value.get("image") for value in raw) and not given:
+        found = f"{keys.images} is not a folder" if keys.images else "it is not set"
+        raise UserError(f"dataset.images: {found}; expected the folder that the image paths of {path} start from")
     records, quarantine, digests = source.validate(raw, folder, keys.threads, keys.unique_ids)
     first = "; ".join(f"row {row['index']}: {row['reason']}" for row in quarantine[:REASONS_SHOWN])
     if len(quarantine) == len(raw):

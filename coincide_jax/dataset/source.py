@@ -6,6 +6,7 @@ images folder), and turns that alternate human, gpt; `<image>` stands once, in t
 
 import concurrent.futures
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -17,6 +18,7 @@ import zlib
 from PIL import Image
 
 from coincide_jax.core.errors import UserError
+from coincide_jax.core.metrics import Progress
 
 IMAGE_MARK = "<image>"
 SHORT_SUFFIX = "Answer the question using a single word or phrase."
@@ -62,12 +64,18 @@ class BadRecordError(Exception):
 
 
 def load(path: pathlib.Path | str) -> list[dict]:
-    """Reads all records of a LLaVA JSON or JSONL file, `.gz` of both.
+    """Reads all records of a LLaVA JSON or JSONL file, `.gz` of both; stages of one run share what was read.
 
     Raises:
       UserError: no such file, a folder, not gzip or UTF-8 where it should be, empty, broken JSON (line, column).
     """
     path = pathlib.Path(path)
+    state = path.stat() if path.is_file() else None
+    return _load(path, state and (state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=2)  # the records and those of the base
+def _load(path: pathlib.Path, state) -> list[dict]:
     text = read_text(path).lstrip("\ufeff")
     body = text.lstrip()
     if not body:
@@ -165,9 +173,14 @@ def check_images(paths: set[str], images: pathlib.Path, threads: int) -> tuple[d
         except Exception as error:  # Pillow raises many kinds on broken files; each of them means: not an image
             return "", f"image {path} cannot be read: {error}".replace("\n", " ")
 
-    ordered = sorted(paths)
-    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
-        found = dict(zip(ordered, pool.map(check, ordered, chunksize=64), strict=True))
+    ordered, found = sorted(paths), {}
+    with (
+        concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool,
+        Progress("dataset", len(ordered), "images") as progress,
+    ):
+        for path, result in zip(ordered, pool.map(check, ordered), strict=True):
+            found[path] = result
+            progress.advance(1)
     return {p: d for p, (d, why) in found.items() if not why}, {p: why for p, (_, why) in found.items() if why}
 
 

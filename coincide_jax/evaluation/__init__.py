@@ -1,4 +1,4 @@
-"""Stage 5: the model answers held-out questions by greedy decoding; each answer is scored beside its blind floor."""
+"""Stage 5: the model answers held-out questions by greedy decoding; each answer is scored beside a blind guess."""
 
 import functools
 import pathlib
@@ -14,6 +14,7 @@ from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import Dataset, batches
 from coincide_jax.evaluation import answers as answers_lib
 from coincide_jax.evaluation import questions as questions_lib
+from coincide_jax.evaluation import relative
 from coincide_jax.evaluation.answers import METRICS
 from coincide_jax.evaluation.floors import Floors
 from coincide_jax.models import generate, hf
@@ -25,6 +26,7 @@ KEYS = (
     "evaluate.rows",
     "evaluate.max_new_tokens",
     "evaluate.limit",
+    "evaluate.bootstrap",
     "evaluate.seed",
     "dataset.template",
     "dataset.system",
@@ -58,9 +60,11 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     asked = ask(config.evaluate, split)
     floors = Floors((dataset.records[i].task, dataset.records[i].turns) for i in split["pool"] if dataset.records[i])
     predictions = predict(params, cfg, dataset, asked, config, mesh)
-    rows = [score(question, prediction, floors) for question, prediction in zip(asked, predictions, strict=True)]
+    blind, blind_scores, blind_by = floors.guess(asked)
+    rows = [score(*one) for one in zip(asked, predictions, blind, blind_scores, strict=True)]
     artifacts.write_jsonl(out / "answers.jsonl", rows)
-    scores = summarise(rows)
+    intervals = relative.intervals(rows, config.evaluate.bootstrap, config.evaluate.seed)
+    scores = summarise(rows, intervals, blind_by)
     artifacts.write_json(out / "scores.json", scores)
     above = sum(task["score"] > task["blind"] for task in scores.values())
     mean = np.mean([task["score"] for task in scores.values()])
@@ -72,8 +76,9 @@ def check(settings) -> None:
     """Reads the questions of `config.evaluate.questions`, if it names a folder, before anything is trained.
 
     Raises:
-      UserError: a broken file, an unknown metric.
+      UserError: a broken file, an unknown metric, no resamples.
     """
+    relative.check_resamples(settings.bootstrap)
     if settings.questions and pathlib.Path(settings.questions).is_dir():
         questions_lib.from_folder(settings.questions)
 
@@ -109,10 +114,9 @@ def predict(params, cfg, dataset: Dataset, asked: list, config, mesh) -> list[st
     return texts
 
 
-def score(question: questions_lib.Question, prediction: str, floors: Floors) -> dict:
+def score(question: questions_lib.Question, prediction: str, blind: str, blind_score: float) -> dict:
     """One line of answers.jsonl."""
     measure = answers_lib.metric(question.metric)
-    blind = floors.answer(question)
     return {
         "id": question.id,
         "task": question.task,
@@ -123,12 +127,16 @@ def score(question: questions_lib.Question, prediction: str, floors: Floors) -> 
         "metric": question.metric,
         "score": round(measure(prediction, question.answers, question.choices), 6),
         "blind_prediction": blind,
-        "blind_score": round(measure(blind, question.answers, question.choices), 6),
+        "blind_score": round(blind_score, 6),
     }
 
 
-def summarise(rows: list[dict]) -> dict:
-    """Task → metric, n, images, score, blind; a task of several metrics names them all."""
+def summarise(rows: list[dict], intervals: dict, blind_by: dict[str, str]) -> dict:
+    """Task → metric (all that its questions name), n, images, score, interval, blind, blind_by.
+
+    `interval` holds the 95 % bounds, resampled by image; `blind_by` says what the floor comes from: 'question' or
+    'constant' (`floors`).
+    """
     by_task = defaultdict(list)
     for row in rows:
         by_task[row["task"]].append(row)
@@ -138,7 +146,9 @@ def summarise(rows: list[dict]) -> dict:
             "n": len(found),
             "images": len({row["image"] or row["id"] for row in found}),
             "score": round(float(np.mean([row["score"] for row in found])), 6),
+            "interval": intervals[task],
             "blind": round(float(np.mean([row["blind_score"] for row in found])), 6),
+            "blind_by": blind_by[task],
         }
         for task, found in sorted(by_task.items())
     }

@@ -1,30 +1,19 @@
-"""Questions: read from the folder of `<task>.jsonl` files that the data set stage checked or made."""
+"""Questions as they are asked: metrics known, ids told apart, options found in the text, limited per task."""
 
-import json
 import pathlib
 import re
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from coincide_jax.core.errors import UserError
+from coincide_jax.dataset.questions import Question, read_folder
 from coincide_jax.evaluation import answers as answers_lib
 
+__all__ = ["Question", "from_folder", "limit", "options"]
+
 OPTION = re.compile(r"^\(?([A-Z])[.)] +(.+?)\s*$", re.MULTILINE)
-
-
-class Question(NamedTuple):
-    """One question: `text` has its suffix and no <image>; `choices` are the options' texts, A first."""
-
-    id: str
-    task: str
-    image: str | None
-    text: str
-    answers: tuple[str, ...]
-    metric: str
-    choices: tuple[str, ...]
 
 
 def options(text: str) -> tuple[str, ...]:
@@ -35,47 +24,24 @@ def options(text: str) -> tuple[str, ...]:
 
 
 def from_folder(folder: pathlib.Path) -> list[Question]:
-    """Reads every `<task>.jsonl` of a folder; the file's name is the task.
+    """The questions of a folder of `<task>.jsonl` files, with the options of their text where they name no choices.
 
     Raises:
-      UserError: no folder, no file, broken JSON, a missing field or an unknown metric, each with file and line.
+      UserError: what `dataset.questions.read_folder` raises; an unknown metric, an id that stands twice in a file or
+        in a task, each with file and line.
     """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"evaluate.questions: {folder} is not a folder; expected one that holds <task>.jsonl files")
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise UserError(f"evaluate.questions: {folder} holds no <task>.jsonl file")
-    return [question for file in files for question in _read(file)]
-
-
-def _read(file: pathlib.Path) -> list[Question]:
-    questions, seen = [], set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
+    questions, first = [], {}
+    for place, question in read_folder(pathlib.Path(folder)):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}, column {error.colno}: not valid JSON: {error.msg}") from error
-        missing = [key for key in ("question", "answers", "metric") if not (isinstance(row, dict) and row.get(key))]
-        if missing:
-            raise UserError(f"{place}: field '{missing[0]}' is missing; a question has question, answers, metric")
-        if isinstance(row["answers"], str) or not isinstance(row["answers"], list):
-            raise UserError(f"{place}: 'answers' is {type(row['answers']).__name__}; expected a list of strings")
-        try:
-            answers_lib.metric(row["metric"])
+            answers_lib.metric(question.metric)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
-        name = str(row.get("id") or f"{file.stem}-{number}")
-        if name in seen:
-            raise UserError(f"{place}: question id '{name}' stands twice in the file")
-        seen.add(name)
-        text = row["question"].replace("<image>", "").strip()
-        given = tuple(map(str, row.get("choices") or ())) or options(text)
-        answers = tuple(map(str, row["answers"]))
-        questions.append(Question(name, file.stem, row.get("image"), text, answers, row["metric"], given))
+        file = place.rsplit(", ", 1)[0]
+        for scope in (("file", file), ("task", question.task)):
+            before = first.setdefault((*scope, question.id), place)
+            if before != place:
+                raise UserError(f"{place}: question id '{question.id}' stands twice in the {scope[0]}; first {before}")
+        questions.append(question if question.choices else question._replace(choices=options(question.text)))
     return questions
 
 

@@ -15,6 +15,13 @@ from coincide_jax.core.errors import UserError
 LEVEL = (2.5, 97.5)  # percentiles of the 95 % interval
 BLOCK = 64  # resamples at a time: BLOCK × images float64 of weights are in memory
 WIDTH = 120  # columns of the terminal table
+NOTHING = "Nothing was evaluated: no row has answers yet; run the stage 'evaluate'."
+
+
+def check_resamples(resamples: int) -> None:
+    """Raises `UserError` unless there is at least one resample."""
+    if resamples < 1:
+        raise UserError(f"evaluate.bootstrap is {resamples}; expected 1 resample or more")
 
 
 def _layout(rows: dict[str, Sequence[Sequence[dict]]]):
@@ -79,10 +86,40 @@ def _resample(sums: dict[str, np.ndarray], counts: np.ndarray, resamples: int, s
     return out
 
 
-def _interval(samples: np.ndarray) -> list[float]:
-    """The 95 % percentile interval."""
-    low, high = np.nanpercentile(samples, LEVEL)
+def _interval(samples: np.ndarray) -> list[float] | None:
+    """The 95 % percentile interval of f64[R], NaN left out; None where fewer than half remain."""
+    known = samples[~np.isnan(samples)]
+    if 2 * len(known) < len(samples):
+        return None
+    low, high = np.percentile(known, LEVEL)
     return [round(float(low), 6), round(float(high), 6)]
+
+
+def _ratios(score: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """Rel. % f64[R] of resampled task scores f64[R, counted]: 100 · mean of score / full over the tasks drawn.
+
+    NaN, so that the resample is left out, where the full row scores 0 on a task or no image of any task was drawn.
+    """
+    drawn = full > 0  # NaN is not
+    ratio = np.divide(score, full, out=np.zeros_like(score), where=drawn)
+    tasks = np.where((full == 0).any(axis=1), 0, drawn.sum(axis=1))
+    return np.divide(100 * ratio.sum(axis=1), tasks, out=np.full(len(full), np.nan), where=tasks > 0)
+
+
+def intervals(answers: Sequence[dict], resamples: int, seed: int) -> dict[str, list[float] | None]:
+    """Task → 95 % interval of its mean score: bootstrap over questions clustered by image, for one run's answers.
+
+    For rows of one seed these are the intervals of `compare`. None where a task has so few images that it stays out of
+    more than half of the resamples.
+
+    Raises:
+      UserError: no resamples.
+    """
+    check_resamples(resamples)
+    tasks, task_of, cluster, scores, _ = _layout({"": [answers]})
+    counts = _sums(np.ones(len(task_of)), task_of, cluster, len(tasks))
+    sample = _resample({"": _sums(scores[""], task_of, cluster, len(tasks))}, counts, resamples, seed)[""]
+    return {task: _interval(sample[:, number]) for number, task in enumerate(tasks)}
 
 
 def compare(
@@ -107,14 +144,18 @@ def compare(
       A JSON-able dict: `tasks` (name, metric, questions, images, blind, blind_interval, counted), `rows`
       (name → seeds, label, scores {task: score, interval, seeds}, rel, rel_interval, against), `counted`, `ranked`,
       `sentence` (empty when rows can be ranked), `full`, `baseline`, `label`, `resamples`, `seed`; scores in [0, 1].
+      An interval is None where fewer than half of the resamples give a number. Without any answers there are no tasks
+      and no rows, and the sentence says so.
 
     Raises:
-      UserError: no rows, or rows that answered different questions.
+      UserError: rows that answered different questions, no resamples.
     """
+    check_resamples(resamples)
     rows = {name: [answers for answers in seeds if answers] for name, seeds in rows.items()}
     rows = {name: seeds for name, seeds in rows.items() if seeds}
     if not rows:
-        raise UserError("there are no answers to compare; run the stage 'evaluate' first")
+        known = {"ranked": False, "sentence": NOTHING, "label": "questions only", "resamples": resamples, "seed": seed}
+        return {"tasks": [], "rows": {}, "counted": [], "full": None, "baseline": None} | known
     tasks, task_of, cluster, scores, blind = _layout(rows)
     counts = _sums(np.ones(len(task_of)), task_of, cluster, len(tasks))
     sums = {name: _sums(values, task_of, cluster, len(tasks)) for name, values in scores.items()}
@@ -127,14 +168,13 @@ def compare(
     has_full = full in rows
     counted = []
     if has_full:
-        lead = np.nanpercentile(sample[full] - sample[""], LEVEL[0], axis=0)
-        counted = [number for number in range(len(tasks)) if lead[number] > 0]
+        lead = [_interval(sample[full][:, number] - sample[""][:, number]) for number in range(len(tasks))]
+        counted = [number for number, interval in enumerate(lead) if interval and interval[0] > 0]
     rel, rel_sample = {}, {}
     if counted:
         for name in rows:
             rel[name] = float(100 * (point[name][counted] / point[full][counted]).mean())
-            with np.errstate(divide="ignore", invalid="ignore"):
-                rel_sample[name] = 100 * np.nanmean(sample[name][:, counted] / sample[full][:, counted], axis=1)
+            rel_sample[name] = _ratios(sample[name][:, counted], sample[full][:, counted])
 
     metrics: dict[str, set[str]] = {task: set() for task in tasks}
     for answer in next(iter(rows.values()))[0]:
@@ -202,7 +242,9 @@ def _sentence(has_full: bool, full: str, counted: int, tasks: int, minimum: int)
     return ""
 
 
-def _cell(score: float, interval: Sequence[float], form: str, scale: float) -> str:
+def _cell(score: float, interval: Sequence[float] | None, form: str, scale: float) -> str:
+    if interval is None:
+        return f"{score * scale:5.1f}"
     low, high = (value * scale for value in interval)
     if form == "interval":
         return f"{score * scale:5.1f} [{low:.1f}, {high:.1f}]"
@@ -212,8 +254,11 @@ def _cell(score: float, interval: Sequence[float], form: str, scale: float) -> s
 def text(table: dict) -> str:
     """The table for a terminal, 120 columns wide: one line per task, one column per row, scores in percent.
 
-    Whole intervals where they fit, half widths (±) where they do not; a dot marks the tasks that Rel. % counts.
+    Whole intervals where they fit, half widths (±) where they do not; a dot marks the tasks that Rel. % counts. Only
+    the sentence where nothing was evaluated.
     """
+    if not table["rows"]:
+        return "\n".join(textwrap.wrap(table["sentence"], WIDTH))
     for form in ("interval", "half", "score"):
         lines = _lines(table, form)
         if max(map(len, lines)) <= WIDTH:
@@ -225,8 +270,9 @@ def text(table: dict) -> str:
         notes.append("· counted in Rel. %: there the full row beats its blind floor by more than its interval.")
     for name, entry in table["rows"].items():
         if entry["against"]:
-            low, high = entry["against"]["interval"]
-            difference = f"{entry['against']['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            difference = f"{entry['against']['difference']:+.1f}"
+            if entry["against"]["interval"]:
+                difference += " [{:+.1f}, {:+.1f}]".format(*entry["against"]["interval"])
             notes.append(f"Rel. % of {name} minus {table['baseline']}, paired: {difference}.")
     head = textwrap.wrap(table["sentence"], WIDTH)
     return "\n".join([*head, *lines, *(line for note in notes for line in textwrap.wrap(note, WIDTH))])

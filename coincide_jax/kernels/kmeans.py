@@ -19,6 +19,7 @@ Memory on the devices: `chunk · K` float32 scores and `chunk · D` features, bo
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -124,6 +125,13 @@ def cosines(features, centroids, assignment, block: int = 1024) -> np.ndarray:
         dots = np.sum(x * centroids[assignment[start : start + block]].astype(np.float64), axis=1)
         out[start : start + block] = dots / np.where(length > 0, length, 1.0)
     return out
+
+
+def members(assignment: np.ndarray, k: int) -> list[np.ndarray]:
+    """Rows of each of k clusters, ascending, from the clusters i[N] of all rows (-1 = none)."""
+    order = np.argsort(assignment, kind="stable")
+    bounds = np.searchsorted(assignment[order], np.arange(k + 1))
+    return [order[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 def _grid(x) -> np.ndarray:

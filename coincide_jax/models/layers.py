@@ -29,8 +29,8 @@ class Leaf:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical names, one a dimension
-    init: str  # normal | uniform | zeros | ones
-    std: float  # of 'normal'; half the width of 'uniform'
+    init: str  # normal | zeros | ones
+    std: float  # of 'normal'
     source: str  # tensor name in a Hugging Face file
     inputs: int
     source_shape: tuple[int, ...]
@@ -89,10 +89,8 @@ def init(abstract, key: jax.Array, mesh: Mesh):
 
     def draw(key: jax.Array):
         def one(path, leaf: Leaf) -> jax.Array:
-            if leaf.init in ("normal", "uniform"):
+            if leaf.init == "normal":
                 own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-                if leaf.init == "uniform":
-                    return jax.random.uniform(own, leaf.shape, jnp.float32, -leaf.std, leaf.std)
                 return jax.random.normal(own, leaf.shape, jnp.float32) * leaf.std
             return {"zeros": jnp.zeros, "ones": jnp.ones}[leaf.init](leaf.shape, jnp.float32)
 
@@ -152,24 +150,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
     return jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
-def run_blocks(block, x: jax.Array, stacked, per_layer, *, num_layers: int | None = None, remat: bool = False):
+def run_blocks(block, x: jax.Array, stacked, per_layer, *, remat: bool = False):
     """Runs stacked blocks. `block(x, layer of stacked, its part of per_layer) -> (x, out)`; returns (x, stacked outs).
 
-    With fewer `num_layers` than are held, layers are picked by index (slicing the stack would copy it); `per_layer` has
-    one entry a layer that runs.
+    Every layer that `stacked` holds runs: who wants fewer holds fewer (cut outside jit, where it costs no copy a call).
     """
-    held = jax.tree.leaves(stacked)[0].shape[0]
-    count = held if num_layers is None else num_layers
-    if not 0 < count <= held:
-        raise ValueError(f"num_layers is {num_layers}, the parameters hold {held} layers")
 
     def body(x, entry):
-        layer, own = entry
-        if count < held:
-            layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked)
-        return block(x, layer, own)
+        return block(x, *entry)
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    layers = stacked if count == held else jnp.arange(count)
-    return jax.lax.scan(body, x, (layers, per_layer), unroll=count if count <= UNROLL_UP_TO else 1)
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return jax.lax.scan(body, x, (stacked, per_layer), unroll=count if count <= UNROLL_UP_TO else 1)

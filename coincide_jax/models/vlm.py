@@ -146,14 +146,13 @@ def forward(
     lora=None,
     dropout_key: jax.Array | None = None,
     tap=None,
-    num_layers: int | None = None,
     remat: bool = False,
 ) -> Forward:
     """Runs the model on a batch.
 
     lora: (adapters, scale, dropout rate) of `lora.py`, dropout only with a `dropout_key`. tap: [b, t, w] → anything
     small, called in every layer on the output of the attention's output projection, before the residual sum.
-    num_layers: stop after so many layers. remat: keep only the residual stream of each layer for the backward pass.
+    remat: keep only the residual stream of each layer for the backward pass.
     """
     x = embed(params, batch, cfg, remat=remat)
     positions = jnp.arange(x.shape[1])[None]
@@ -167,7 +166,6 @@ def forward(
         lora=lora,
         dropout_key=dropout_key,
         tap=tap,
-        num_layers=num_layers,
         remat=remat,
     )
     return Forward(out.x.astype(jnp.float32), out.taps)

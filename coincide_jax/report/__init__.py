@@ -18,7 +18,7 @@ from coincide_jax.report.sources import Artefacts, MissingError
 __all__ = ["KEYS", "STAGE_VERSION", "run"]
 
 STAGE_VERSION = 1
-KEYS = ("name", "evaluate.bootstrap", "evaluate.seed")
+KEYS = ("name", "evaluate.bootstrap", "evaluate.seed", "evaluate.tasks_to_rank")
 SHOWN_CLUSTERS = 300  # rows of the cluster table; the rest are in select/clusters.parquet
 LOW_SHARE = 0.5  # a task whose share falls below this factor of its pool share is named
 
@@ -75,7 +75,7 @@ def run(
     )
     artifacts.write_text(out / "report.html", page)
     artifacts.write_json(out / "table.json", table)
-    artifacts.write_text(out / "table.md", tables.markdown(table))
+    artifacts.write_text(out / "table.md", tables.markdown(table, tables.seen(artefacts, table)))
     missing = {name: section["missing"] for name, section in sections.items() if section.get("missing")}
     for name, what in missing.items():
         say("report", f"'{name}' is left out: {what} is missing")
@@ -103,8 +103,8 @@ def verdict(table: dict) -> str:
     parts = []
     for name, row in table["rows"].items():
         if name != table["full"]:
-            low, high = row["rel_interval"]
-            parts.append(f"{name} {row['rel']:.1f} % [{low:.1f}, {high:.1f}]")
+            interval = row["rel_interval"]
+            parts.append(f"{name} {row['rel']:.1f} %" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else ""))
     counted = f"{len(table['counted'])} of {len(table['tasks'])} tasks"
     return f"Relative to the row tuned on all data, over {counted}: " + ", ".join(parts) + "."
 
@@ -129,8 +129,11 @@ def facts(artefacts: Artefacts, sections: dict) -> list[tuple[str, str]]:
 
 
 def results(artefacts: Artefacts, table: dict) -> dict:
-    """Results table with blind floors, the scores by task, Rel. %."""
+    """What each row was trained on, the scores by task, Rel. %; the page takes the scores' table from `table`."""
+    if not table["rows"]:
+        raise MissingError("evaluate/answers.jsonl of a row")
     return {
+        "seen": tables.seen(artefacts, table),
         "scores": markupsafe.Markup(figures.scores(table)),
         "relative": markupsafe.Markup(figures.relative(table)) if table["counted"] else None,
     }
@@ -223,7 +226,18 @@ def curriculum(artefacts: Artefacts, table: dict) -> dict:
 
 
 def _ratio(artefacts: Artefacts, name: str, folder: pathlib.Path, lines: list[dict]) -> dict:
-    """Task shares over rounds: p(task) = Σ arms p(arm) · share of the arm's records that are of the task."""
+    """Task shares over rounds: p(task) = Σ arms p(arm) · share of the arm's records that are of the task.
+
+    A run that draws a round ahead (curriculum.lag=1) may end before the last one is trained; such rounds are left out.
+    """
+    plan = folder / "train" / "run.json"
+    if not plan.exists():
+        raise MissingError(f"{folder.name}/train/run.json")
+    round_steps = artifacts.read_json(plan)["round_steps"]
+    last = max((line["step"] for line in artefacts.lines(folder, "metrics.jsonl")), default=0)
+    lines = [line for line in lines if line["round"] * round_steps < last]  # drawn_at + lag rounds is where it begins
+    if not lines:
+        raise MissingError(f"a step in {folder.name}/train/metrics.jsonl")
     probabilities = np.array([line["probabilities"] for line in lines], float)
     arms = probabilities.shape[1]
     arm = artefacts.assignment

@@ -137,9 +137,8 @@ def scores(table: dict) -> str:
         )
         for (name, row), offset in zip(rows.items(), offsets, strict=True):
             score = row["scores"][task["task"]]
-            axes.plot(
-                [100 * value for value in score["interval"]], [y + offset] * 2, color=colours[name], linewidth=1.4
-            )
+            ends = [100 * value for value in score["interval"] or ()]
+            axes.plot(ends, [y + offset] * len(ends), color=colours[name], linewidth=1.4)
             axes.plot(
                 100 * score["score"],
                 y + offset,
@@ -165,7 +164,8 @@ def relative(table: dict) -> str:
     colours = row_colours(list(rows))
     figure, axes = canvas(0.7 + 0.34 * len(rows))
     for y, (name, row) in enumerate(rows.items()):
-        axes.plot(row["rel_interval"], [y, y], color=colours[name], linewidth=2.2, solid_capstyle="round")
+        ends = row["rel_interval"] or ()
+        axes.plot(ends, [y] * len(ends), color=colours[name], linewidth=2.2, solid_capstyle="round")
         axes.plot(row["rel"], y, "o", color=colours[name], markersize=6.5)
         if name != table["full"]:
             axes.text(row["rel"], y - 0.27, f"{row['rel']:.1f}", ha="center", fontsize=8.5)

@@ -4,7 +4,6 @@ import base64
 import collections
 import functools
 import io
-import itertools
 import math
 import pathlib
 import re
@@ -12,6 +11,7 @@ import re
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from coincide_jax.kernels import kmeans
 from coincide_jax.report.sources import Artefacts, MissingError
 
 DRAWN = 5  # clusters shown beside the worst one
@@ -43,13 +43,6 @@ def thumbnail(path: pathlib.Path | None) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def members(assignment: np.ndarray, k: int) -> list[np.ndarray]:
-    """Record indices of each cluster, ascending."""
-    order = np.argsort(assignment, kind="stable")
-    begins = np.searchsorted(assignment[order], np.arange(k + 1))
-    return [order[begin:end] for begin, end in itertools.pairwise(begins)]
-
-
 def top_words(artefacts: Artefacts, groups: list[np.ndarray], count: int = 4) -> list[list[str]]:
     """The words that mark each cluster's questions: frequent there and rarer elsewhere (count · log lift)."""
     per_group = []
@@ -75,7 +68,7 @@ def describe(artefacts: Artefacts) -> list[dict]:
     """One row a cluster: sizes and scores, main task with its share, words, within-cluster cosine."""
     columns = artefacts.clusters
     clusters = [int(number) for number in columns["cluster"]]
-    groups = members(artefacts.assignment, max(clusters) + 1)
+    groups = kmeans.members(artefacts.assignment, max(clusters) + 1)
     groups = [groups[number] for number in clusters]
     try:
         cosines = artefacts.cosines
@@ -141,7 +134,7 @@ def samples(artefacts: Artefacts, indices: np.ndarray) -> list[dict]:
 def galleries(artefacts: Artefacts, described: list[dict]) -> list[dict]:
     """The chosen clusters with `SAMPLES` picked records (in the order of picking) and as many left ones (drawn)."""
     picked_order = artefacts.coreset
-    groups = members(artefacts.assignment, max(row["cluster"] for row in described) + 1)
+    groups = kmeans.members(artefacts.assignment, max(row["cluster"] for row in described) + 1)
     shown = []
     for row, why in choose(described):
         group = groups[row["cluster"]]

@@ -4,6 +4,7 @@ import collections
 import math
 import pathlib
 import re
+from collections.abc import Sequence
 
 from coincide_jax.core import artifacts
 from coincide_jax.report.sources import Artefacts, MissingError
@@ -25,8 +26,27 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def markdown(table: dict) -> str:
-    """The results as a Markdown table, with the sentence above it when nothing can be ranked."""
+def seen(artefacts: Artefacts, table: dict) -> list[tuple[str, list[str]]]:
+    """What the rows of the results were trained on: (what, a cell a row), from the summaries of their manifests.
+
+    A quantity that no row recorded is left out; where seeds differ a cell is "from–to".
+    """
+    found = []
+    for what, key in (("distinct records", "distinct"), ("steps", "steps")):
+        cells = []
+        for name in table["rows"]:
+            manifests = [artefacts.manifest(folder / "train") or {} for folder in artefacts.rows.get(name, ())]
+            values = sorted({manifest.get("summary", {}).get(key) for manifest in manifests} - {None})
+            cells.append("–".join(f"{value:,}" for value in dict.fromkeys((*values[:1], *values[-1:]))) or "–")
+        if set(cells) != {"–"}:
+            found.append((what, cells))
+    return found
+
+
+def markdown(table: dict, seen: Sequence[tuple[str, list[str]]]) -> str:
+    """The results as a Markdown table, with the sentence above it when nothing can be ranked; else the sentence."""
+    if not table["rows"]:
+        return table["sentence"] + "\n"
     names = list(table["rows"])
     lines = [table["sentence"], ""] if table["sentence"] else []
     lines += ["| task | metric | n | blind | " + " | ".join(names) + " |", "|---|---|---:|---:|" + "---:|" * len(names)]
@@ -34,18 +54,19 @@ def markdown(table: dict) -> str:
         cells = []
         for row in table["rows"].values():
             score = row["scores"][task["task"]]
-            low, high = score["interval"]
-            cells.append(f"{percent(score['score'])} [{percent(low)}, {percent(high)}]")
+            interval = " [{}, {}]".format(*map(percent, score["interval"])) if score["interval"] else ""
+            cells.append(percent(score["score"]) + interval)
         mark = " •" if task["counted"] else ""
         head = f"| {task['task']}{mark} | {task['metric']} | {task['questions']} | {percent(task['blind'])} | "
         lines.append(head + " | ".join(cells) + " |")
     if table["counted"]:
         cells = [
-            f"{row['rel']:.1f} [{row['rel_interval'][0]:.1f}, {row['rel_interval'][1]:.1f}]"
+            f"{row['rel']:.1f}" + (" [{:.1f}, {:.1f}]".format(*row["rel_interval"]) if row["rel_interval"] else "")
             for row in table["rows"].values()
         ]
         lines.append(f"| **Rel. %** ({len(table['counted'])} tasks) | | | | " + " | ".join(cells) + " |")
     lines.append("| seeds | | | | " + " | ".join(str(row["seeds"]) for row in table["rows"].values()) + " |")
+    lines += [f"| {what} | | | | " + " | ".join(cells) + " |" for what, cells in seen]
     lines += [
         "",
         f"Scores in percent [95 % interval], bootstrap of {table['resamples']} over {table['label']}, paired. "

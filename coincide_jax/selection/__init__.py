@@ -18,7 +18,7 @@ from coincide_jax.selection.view import Selection, SelectionView
 __all__ = ["KEYS", "SELECTORS", "STAGE_VERSION", "Selection", "SelectionView", "run"]
 
 STAGE_VERSION = 1
-KEYS = ("select", "extract.features", "extract.num_layers", "extract.taps")
+KEYS = ("select", "extract.features", "extract.num_layers")
 SELECTORS = {
     "coincide": coincide.select,
     "random": random.select,
@@ -51,7 +51,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         valid=valid,
         assignment=assignment,
         centroids=centroids,
-        num_layers=len(config.extract.taps) or config.extract.num_layers,
+        num_layers=_num_layers(config, inputs),
         budget=budget,
     )
     chosen = SELECTORS[keys.name](view, keys)
@@ -83,6 +83,13 @@ def _budget(fraction: float, valid: int, match: pathlib.Path | None) -> int:
     if int(fraction * valid) == 0:
         raise UserError(f"select.fraction {fraction} of {valid} valid records is no record; expected at least one")
     return int(fraction * valid)
+
+
+def _num_layers(config, inputs: dict[str, pathlib.Path]) -> int:
+    """Tapped layers in a feature: as many as were extracted; by config for features made elsewhere."""
+    manifest = inputs["extract"] / "manifest.json" if "extract" in inputs else None
+    taps = artifacts.read_json(manifest)["summary"]["taps"] if manifest and manifest.exists() else ()
+    return len(taps) or config.extract.num_layers
 
 
 def _reader(config, inputs: dict[str, pathlib.Path], total: int):

@@ -5,7 +5,6 @@ Cluster i gets a share `softmax_i(S_i / (tau D_i))` of the budget, S_i its trans
 """
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -52,12 +51,12 @@ def select(view: SelectionView, keys) -> Selection:
     variant = resolve(keys)
     if view.assignment is None:
         raise UserError("select.name=coincide needs clusters; run the stage cluster first")
-    members = _members(view.assignment, len(view.centroids))
+    members = kmeans.members(view.assignment, len(view.centroids))
     sizes = np.array([len(rows) for rows in members], np.int64)
     device = jax.local_devices(backend="cpu")[0] if jax.default_backend() == "tpu" else jax.local_devices()[0]
-    with jax.set_mesh(
-        jax.make_mesh((1,), ("data",), devices=[device])
-    ):  # float64, and one order of sums, on one device
+    # float64, and one order of sums, on one device
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=[device])
+    with jax.set_mesh(mesh):
         try:
             S = density.transferability(
                 view.centroids,
@@ -160,13 +159,6 @@ def exact(probability: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray
 def _visits(probability: np.ndarray) -> np.ndarray:
     """Clusters by falling probability, ties with the larger index first."""
     return np.argsort(probability, kind="stable")[::-1]
-
-
-def _members(assignment: np.ndarray, k: int) -> list[np.ndarray]:
-    """Rows of each cluster, ascending."""
-    order = np.argsort(assignment, kind="stable")
-    bounds = np.searchsorted(assignment[order], np.arange(k + 1))
-    return [order[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 def _measure(view: SelectionView, members, sizes, keys, diagonal: bool):

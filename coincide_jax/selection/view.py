@@ -15,7 +15,7 @@ class SelectionView:
     valid: np.ndarray  # bool[N]
     assignment: np.ndarray | None  # i32[N], -1 = not valid; None = no clusters
     centroids: np.ndarray | None  # f32[K, D]
-    num_layers: int  # tapped layers in a feature
+    num_layers: int  # tapped layers in a feature, as extracted
     budget: int  # M
 
 

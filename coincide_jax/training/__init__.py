@@ -6,6 +6,7 @@
 from coincide_jax.training.loop import Termination, fit
 from coincide_jax.training.stages import (
     BASE_KEYS,
+    POOLS,
     REFERENCE_KEYS,
     STAGE_VERSION,
     TRAIN_KEYS,
@@ -17,6 +18,7 @@ from coincide_jax.training.state import Recipe, TrainState
 
 __all__ = (
     "BASE_KEYS",
+    "POOLS",
     "REFERENCE_KEYS",
     "STAGE_VERSION",
     "TRAIN_KEYS",

@@ -219,7 +219,7 @@ def fit(
             loss = log.flush(name) if log.waiting else loss
     checkpoints.close()
     log.close()
-    summary = _summary(out, state)
+    summary = _summary(out, state, len(members["records"]))
     say(
         name,
         f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
@@ -241,7 +241,7 @@ def _round(state: states.TrainState, p: jax.Array) -> dict:
     }
 
 
-def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
+def _summary(out: pathlib.Path, state: states.TrainState, total: int) -> dict:
     lines = artifacts.read_jsonl(out / "metrics.jsonl")
     tenth = max(len(lines) // 10, 1)
     return {
@@ -251,5 +251,6 @@ def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
         "loss_first": float(np.mean([line["loss"] for line in lines[:tenth]])),
         "loss": float(np.mean([line["loss"] for line in lines[-tenth:]])),
         "epochs": int(state.position.epoch),
+        "distinct": total if int(state.position.epoch) else int(jax.device_get(state.position.cursor).sum()),
         "arms_seen": int((jax.device_get(state.draws) > 0).sum()),
     }

@@ -96,6 +96,9 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, mak
     arm, arms = np.zeros(len(records), np.int64), 1
     if settings.name != "uniform":
         arm, arms = _arms(records, config, inputs, out)
+        if lost := int((arm < 0).sum()):
+            say("train", f"{lost} records of the pool are in no cluster and cannot be drawn")
+            records, arm = records[arm >= 0], arm[arm >= 0]
     folder = pathlib.Path(config.target.path) if config.target.path else inputs["base"]
     params, card, cfg, data = _open(folder, split, config, mesh)
     begun = checkpoint.fingerprint(params)
@@ -151,7 +154,7 @@ def _records(config, inputs: dict[str, pathlib.Path], split: dict) -> tuple[np.n
 
 
 def _arms(records: np.ndarray, config, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> tuple[np.ndarray, int]:
-    """Arm of each record and number of arms: the clusters, or fewer, by k-means over the centroids."""
+    """Arm of each record (-1: in no cluster) and number of arms: the clusters, or fewer, by k-means over centroids."""
     if "cluster" not in inputs:
         raise UserError(
             f"curriculum.name is '{config.curriculum.name}' but there is no cluster folder; run cluster first"
@@ -162,16 +165,13 @@ def _arms(records: np.ndarray, config, inputs: dict[str, pathlib.Path], out: pat
     if k < 0 or k > clusters:
         raise UserError(f"curriculum.k is {k}; expected 0 (the clusters) or 1 to {clusters}, the number of clusters")
     arm = assignment[records]
-    if (arm < 0).any():
-        path = inputs["cluster"] / "assignment.npy"
-        raise UserError(f"record {records[np.argmax(arm < 0)]} of the pool is in no cluster of {path}")
     if k in (0, clusters):
         return arm, clusters
     merged = kmeans.fit(centroids, k, seed=config.train.seed, **MERGE)
     artifacts.write_npy(out / "arms" / "centroids.npy", merged.centroids)
     artifacts.write_npy(out / "arms" / "assignment.npy", merged.assignment)
     say("train", f"{clusters} clusters merged into {k} arms")
-    return merged.assignment[arm], k
+    return np.where(arm < 0, -1, merged.assignment[arm]), k
 
 
 def _open(folder: pathlib.Path, split: dict, config, mesh) -> tuple[dict, dict, VLMConfig, Dataset]:

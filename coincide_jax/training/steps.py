@@ -80,7 +80,8 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
             return nll.sum(), (nll, tokens, tokens.sum())
 
         (total, (nll, tokens, weight)), grads = jax.value_and_grad(summed, has_aux=True)(params)
-        slot = jnp.where(batch["valid"], batch["slot"], recipe.batch)  # beyond the end: dropped
+        # beyond the end, hence dropped: padding, and records cut before their answer, whose loss of 0 says nothing
+        slot = jnp.where(batch["valid"] & (tokens > 0), batch["slot"], recipe.batch)
         mean, slot = jax.reshard((nll / jnp.maximum(tokens, 1.0), slot), jax.P(None))
         return Accumulator(
             jax.tree.map(jnp.add, accumulator.grads, grads),

@@ -12,6 +12,7 @@ from coincide_jax import dataset, evaluation
 from coincide_jax.core import artifacts, axes, checkpoint
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import tokenizer
+from coincide_jax.evaluation import relative
 from coincide_jax.models import layers, vlm
 from configs import common
 
@@ -84,8 +85,25 @@ def test_scores_are_the_means_of_the_answers(made):
         own = [row for row in rows if row["task"] == task]
         assert found["n"] == len(own)
         assert found["score"] == pytest.approx(np.mean([row["score"] for row in own]), abs=1e-6)
+        low, high = found["interval"]
+        assert low <= found["score"] <= high
+        assert found["blind_by"] in ("question", "constant")
         assert found["blind"] == pytest.approx(np.mean([row["blind_score"] for row in own]), abs=1e-6)
     assert scores.keys() == made["summary"]["scores"].keys()
+
+
+def test_intervals_are_those_of_the_table(made):
+    rows = artifacts.read_jsonl(made["out"] / "answers.jsonl")
+    settings = made["config"].evaluate
+    table = relative.compare({"full": [rows]}, resamples=settings.bootstrap, seed=settings.seed)
+    scores = artifacts.read_json(made["out"] / "scores.json")
+    of_table = {task: found["interval"] for task, found in table["rows"]["full"]["scores"].items()}
+    assert {task: found["interval"] for task, found in scores.items()} == of_table
+
+
+def test_no_resamples_is_found_before_anything_runs():
+    with pytest.raises(UserError, match=r"evaluate\.bootstrap is 0; expected 1"):
+        evaluation.check(ConfigDict({"bootstrap": 0, "questions": ""}))
 
 
 def test_no_questions_is_one_sentence(made):

@@ -42,6 +42,28 @@ def test_guess(question, guess):
     assert Floors(TRAIN).answer(question) == guess
 
 
+def test_a_constant_that_scores_more_than_the_guess_by_the_question_is_the_floor():
+    """By its opening each question takes a rare answer; the task's commonest one is right more often."""
+    train = [("v", [("Is it red?", "no"), ("Is it big?", "no")])] + [("v", [("Are they red?", "yes")])] * 3
+    train += [("w", [("Is it red?", "no")])]
+    asked = [
+        questions.Question(str(number), task, None, "Is it round?", (answer,), "yesno", ())
+        for number, (task, answer) in enumerate([("v", "yes"), ("w", "no"), ("v", "yes"), ("v", "no")])
+    ]
+    floors = Floors(train)
+    assert [floors.answer(question) for question in asked] == ["no"] * 4
+    predictions, scores, chosen = floors.guess(asked)
+    assert chosen == {"v": "constant", "w": "question"}
+    assert predictions == ["yes", "no", "yes", "yes"] and scores == [1, 1, 1, 0]
+
+
+def test_the_constant_of_multiple_choice_is_a_letter():
+    assert Floors(TRAIN).constant(ask("pick", "Which?\nA. oak\nB. elm", "mc", ("oak", "elm"))) == "A"
+    assert Floors(TRAIN).constant(ask("vqa", "What?")) == "brown"
+    assert Floors(TRAIN).constant(ask("new", "What?")) == "brown"
+    assert Floors([]).constant(ask("new", "What?")) == ""
+
+
 def test_without_training_answers_there_is_still_a_guess():
     assert Floors([]).answer(ask("t", "What?")) == ""
     assert Floors([]).answer(ask("t", "What?", "mc", ("a", "b"))) == "A"
@@ -73,9 +95,12 @@ def test_floors_of_the_real_set_or_of_a_drawn_one():
         ]
         expected = {"coin": 2 / 3}
     floors, found = Floors(train), {}
-    for question in asked:
-        score = answers.metric(question.metric)(floors.answer(question), question.answers, question.choices)
+    for question, score in zip(asked, floors.guess(asked)[1], strict=True):
         found.setdefault(question.task, []).append(score)
     assert found.keys() == expected.keys()
+    for task, scores in found.items():
+        own = [question for question in asked if question.task == task]
+        constant = [answers.metric(q.metric)(floors.constant(q), q.answers, q.choices) for q in own]
+        assert np.mean(scores) >= np.mean(constant), task
     for task, scores in found.items():
         assert np.mean(scores) == pytest.approx(expected[task], abs=0.04), task

@@ -110,8 +110,74 @@ def test_coverage_of_the_interval():
 def test_other_questions_are_an_error():
     with pytest.raises(UserError, match="row 'b', seed 0, answered 8 questions, not the 10 of row 'full'"):
         relative.compare({"full": [lines([1] * 10)], "b": [lines([1] * 8)]}, resamples=10)
-    with pytest.raises(UserError, match="no answers"):
-        relative.compare({"full": []})
+
+
+@pytest.mark.parametrize("rows", [{}, {"full": []}, {"full": [[]], "random": []}])
+def test_without_answers_the_table_is_one_sentence(rows):
+    table = relative.compare(rows)
+    assert table["tasks"] == [] and table["rows"] == {} and not table["ranked"]
+    assert table["sentence"].startswith("Nothing was evaluated")
+    assert relative.text(table) == table["sentence"]
+    whole = relative.compare({"full": [lines([1.0, 0.0])]}, resamples=10)
+    assert table.keys() == whole.keys()
+
+
+def test_a_row_without_answers_is_left_out():
+    made = lines(coins(0.6, 60, 0))
+    assert list(relative.compare({"full": [made], "late": [[]]}, resamples=10)["rows"]) == ["full"]
+
+
+def strict(table):
+    """The table through JSON that knows no NaN."""
+    return json.loads(json.dumps(table, allow_nan=False))
+
+
+@pytest.mark.filterwarnings("error")
+def test_resamples_in_which_the_full_row_scores_nothing_are_left_out():
+    """4 right of 100 and a floor of 0: the task counts, and in about 2 % of the resamples the full row has 0."""
+    scores = np.zeros(200)
+    scores[[0, 50, 100, 150]] = 1  # of task t0
+    scores[1::2] = coins(0.6, 100, 0)
+    made = lines(scores, blind=0.0)
+    half = lines(scores * 0.5, blind=0.0)
+    table = strict(relative.compare({"full": [made], "half": [half], "random": [half]}, resamples=2000, seed=1))
+    assert table["counted"] == ["t0", "t1"]
+    assert table["rows"]["half"]["rel_interval"] == [50, 50]
+    assert table["rows"]["half"]["against"]["interval"] == [0, 0]
+
+
+def test_ratios_leave_out_what_has_none():
+    full = np.array([[0.5, 0.5], [0.0, 0.5], [np.nan, 0.5], [np.nan, np.nan]])
+    score = np.array([[0.25, 0.5], [0.25, 0.5], [np.nan, 0.25], [np.nan, np.nan]])
+    np.testing.assert_array_equal(relative._ratios(score, full), [75, np.nan, 50, np.nan])
+
+
+@pytest.mark.filterwarnings("error")
+def test_too_few_resamples_give_no_interval():
+    """60 tasks of 100 questions with 4 right: in most resamples the full row has none right in at least one of them."""
+    made = lines((np.arange(6000) < 240).astype(float), tasks=60, blind=0.0)
+    table = strict(relative.compare({"full": [made], "same": [made], "random": [made]}, resamples=200))
+    assert len(table["counted"]) > 40
+    for row in table["rows"].values():
+        assert row["rel"] == 100 and row["rel_interval"] is None
+    assert table["rows"]["same"]["against"] == {"difference": 0.0, "interval": None}
+    printed = relative.text(table)
+    assert "Rel. % of same minus random, paired: +0.0." in printed and "nan" not in printed
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_resample_is_enough_for_a_table_without_nan():
+    made = [{**line, "task": f"t{number}"} for number, line in enumerate(lines(coins(0.5, 40, 0)))]
+    table = strict(relative.compare({"full": [made]}, resamples=1))
+    intervals = [score["interval"] for score in table["rows"]["full"]["scores"].values()]
+    assert None in intervals and any(intervals)  # tasks whose only image was not drawn, and others
+    assert relative.text(table)
+
+
+def test_no_resamples_is_an_error():
+    for call in (relative.compare, lambda rows, resamples: relative.intervals(rows["full"][0], resamples, 0)):
+        with pytest.raises(UserError, match=r"evaluate\.bootstrap is 0; expected 1"):
+            call({"full": [lines([1.0])]}, resamples=0)
 
 
 def test_large_tables_are_fast():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import threading
 import time
@@ -64,11 +65,12 @@ def results(workdir) -> dict:
     return found
 
 
-def finish(workdir, finished) -> str:
-    """Runs to the end and compares; returns the screen."""
-    status, output = command.run(command.TINY, f"--workdir={workdir}", *SAVE_OFTEN)
+def finish(workdir, finished, *more: str) -> str:
+    """Runs to the end and compares all stages that there are; returns the screen."""
+    status, output = command.run(command.TINY, f"--workdir={workdir}", *SAVE_OFTEN, *more)
     assert status == 0, output
-    assert results(workdir) == results(finished[0])
+    found, wanted = results(workdir), results(finished[0])
+    assert found == (wanted if not more else {name: wanted[name] for name in found}) and found
     return output
 
 
@@ -84,10 +86,14 @@ def test_killed_in_four_stages_of_one_run(finished, tmp_path):
 
 
 def test_sigterm_in_training_saves_and_exits(finished, tmp_path):
-    ready = (tmp_path / "train" / "run.json").exists
-    status, output = interrupt(tmp_path, "train", ready, signal.SIGTERM)
+    """The stages before it are those of the finished run."""
+    workdir, stages = tmp_path / "run", "--stages=train,evaluate"
+    later = [str(finished[0] / name) for name in ("train", "evaluate", "report", "rows")]
+    shutil.copytree(finished[0], workdir, ignore=lambda folder, names: {n for n in names if f"{folder}/{n}" in later})
+    status, output = interrupt(workdir, "train", (workdir / "train" / "run.json").exists, signal.SIGTERM)
     assert status == 143 and "[train] SIGTERM: saved at step 1 of 2" in output, output
-    assert "[train] goes on at step 1 of 2" in finish(tmp_path, finished)
+    output = finish(workdir, finished, stages)
+    assert "[train] goes on at step 1 of 2" in output and "train" in results(workdir) and "evaluate" in results(workdir)
 
 
 @pytest.mark.long

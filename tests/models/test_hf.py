@@ -5,6 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors import safe_open
 
 from coincide_jax.core import axes
@@ -44,8 +46,6 @@ def test_every_tensor_has_one_name(tiny):
 
 
 def test_transformers_computes_the_same(tiny, folder):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )

@@ -59,20 +59,3 @@ def test_norms_are_float32_inside(key):
     found = layers.rms_norm(x, {"scale": scale}, 1e-5)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=4e-3)
-
-
-@pytest.mark.parametrize("remat", [False, True])
-def test_run_blocks_by_index_equals_holding_fewer(key, remat):
-    stacked = {"w": jax.random.normal(key, (4, 5, 5))}
-
-    def block(x, layer, own):
-        x = jnp.tanh(x @ layer["w"]) + own
-        return x, x.sum()
-
-    x = jnp.ones((2, 5))
-    own = jnp.arange(2.0)
-    by_index = layers.run_blocks(block, x, stacked, own, num_layers=2, remat=remat)
-    fewer = layers.run_blocks(block, x, {"w": stacked["w"][:2]}, own, remat=remat)
-    jax.tree.map(np.testing.assert_array_equal, by_index, fewer)
-    with pytest.raises(ValueError, match="hold 4 layers"):
-        layers.run_blocks(block, x, stacked, own, num_layers=5)

@@ -41,17 +41,6 @@ def test_adapters(tiny, key, devices, model_parallel):
         assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_early_exit_takes_the_first_adapters(tiny, key):
-    mesh = tiny.mesh()
-    with jax.set_mesh(mesh):
-        params, batch = tiny.params(mesh), tiny.batch(mesh)
-        adapters = strong(lora.init(lora.abstract(tiny.cfg, 2, ("wq", "down")), key, mesh), key)
-        merged = lora.merge(params, adapters, 1.5)
-        forward = jax.jit(lambda p, a: vlm.forward(p, batch, tiny.cfg, lora=(a, 1.5, 0.0), num_layers=2).hidden)
-        beside, expected = forward(params, adapters), forward(merged, jax.tree.map(jnp.zeros_like, adapters))
-        np.testing.assert_allclose(beside, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_dropout_needs_a_key_and_is_the_same_on_any_mesh(tiny, key):
     found = []
     for devices in (1, 8):

@@ -1,4 +1,4 @@
-"""The whole model: meshes, taps, early exit, padding, loss, configuration."""
+"""The whole model: meshes, taps, padding, loss, configuration."""
 
 import ast
 import dataclasses
@@ -98,23 +98,6 @@ def test_tied_head(tiny):
             expected = h @ np.asarray(params["decoder"]["embed"]).T
             np.testing.assert_allclose(found[-1][0], expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
-
-
-def test_early_exit_is_a_prefix(tiny, single):
-    mesh = tiny.mesh(8, 2)
-    with jax.set_mesh(mesh):
-        params, batch = tiny.params(mesh), tiny.batch(mesh)
-        forward = jax.jit(
-            lambda p, b, n: vlm.forward(p, b, tiny.cfg, tap=lambda x: x.mean(axis=1), num_layers=n), static_argnums=2
-        )
-        two = forward(params, batch, 2)
-        held = params | {
-            "decoder": params["decoder"] | {"blocks": jax.tree.map(lambda x: x[:2], params["decoder"]["blocks"])}
-        }
-        fewer = forward(held, batch, None)
-    assert two.taps.shape == (2, 8, 32)
-    np.testing.assert_allclose(two.taps, single[2][:2], rtol=1e-5, atol=2e-5)
-    np.testing.assert_array_equal(two.hidden, fewer.hidden)
 
 
 def test_remat_changes_nothing(tiny, single):

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from coincide_jax import cluster, selection
+from coincide_jax import cluster, extract, selection
 from coincide_jax.core import artifacts
 from coincide_jax.core.errors import UserError
 from configs import common
@@ -50,9 +50,9 @@ def write_records(folder, records):
     (folder / "dataset" / "split.json").write_text(json.dumps(split))
 
 
-def run(folder, stage=selection, out="select", count=2, match=None, clusters=True, **keys):
+def run(folder, stage=selection, out="select", count=2, match=None, clusters=True, num_layers=2, **keys):
     config = common.defaults()
-    config.extract.num_layers = 2
+    config.extract.num_layers = num_layers
     config.cluster.update({"k": 12, "chunk": 64})
     config.select.update(keys)
     (folder / out).mkdir(exist_ok=True)
@@ -81,6 +81,26 @@ def test_files_are_the_contract(folder, capsys):
     np.testing.assert_array_equal(table["picked"], np.bincount(assignment[indices], minlength=len(table["size"])))
     np.testing.assert_array_equal(table["picked"], table["quota"])
     assert f"coincide: {len(indices)} of 254 records" in capsys.readouterr().out
+
+
+def transferability(folder, num_layers: int) -> np.ndarray:
+    """Of the clusters, by the stage with `extract.num_layers` as given."""
+    run(folder, num_layers=num_layers)
+    return artifacts.read_parquet(folder / "select" / "clusters.parquet")["transferability"]
+
+
+def test_layers_are_those_that_were_extracted(folder):
+    """A decoder of depth 4 has 4 taps where 5 are asked for; the features' width alone would let 5 pass."""
+    four, five = transferability(folder, 4), transferability(folder, 5)
+    assert np.abs(four - five).max() > 1e-3
+    asked = common.defaults().extract
+    asked.num_layers = 5
+    taps = list(extract.choose_taps(asked, depth=4))
+    artifacts.write_json(folder / "extract" / "manifest.json", {"summary": {"taps": taps}})
+    np.testing.assert_array_equal(transferability(folder, 5), four)
+    # features made elsewhere: the config is asked
+    artifacts.write_json(folder / "extract" / "manifest.json", {"summary": {"taps": []}})
+    np.testing.assert_array_equal(transferability(folder, 5), five)
 
 
 def test_shortfall_is_told_and_matched(folder, capsys):

@@ -1,0 +1,134 @@
+"""`configs/llava15.py` without its weights: every compiled program of the pipeline is built abstractly at the recipe's
+sizes, on meshes of eight devices that share rows and weights, or heads as well."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coincide_jax import curriculum, extract, pipeline
+from coincide_jax.core import axes, precision
+from coincide_jax.kernels import plan
+from coincide_jax.models import generate, layers, lora, vlm
+from coincide_jax.training import state as states
+from coincide_jax.training import steps as compiled
+from coincide_jax.training.state import Recipe, Schedule
+from configs import llava15
+
+CONFIG = llava15.get_config()
+RECORDS = 665_298  # of llava_v1_5_mix665k.json
+
+
+@pytest.fixture(scope="module", params=[(1, "float32"), (2, "bfloat16")], ids=["8x1 float32", "4x2 bfloat16"])
+def built(request):
+    """A mesh, the model's configuration, its abstract parameters."""
+    model_parallel, name = request.param
+    mesh = axes.make_mesh(model_parallel)
+    cfg = vlm.VLMConfig.tiny(CONFIG.model, CONFIG.dataset.image_size, CONFIG.dataset.vocab, precision.choose(name))
+    return mesh, cfg, layers.abstract_arrays(vlm.abstract(cfg), mesh)
+
+
+def abstract_batch(mesh, cfg, rows: int, length: int, **more) -> dict:
+    """What the data layer would hand over, rows shared by 'data'."""
+    size = cfg.vision.image_size
+    kinds = {
+        "tokens": ((rows, length), jnp.int32),
+        "lengths": ((rows,), jnp.int32),
+        "image_start": ((rows,), jnp.int32),
+        "images": ((rows, size, size, 3), jnp.uint8),
+        "labels": ((rows, length), jnp.bool_),
+        "text": ((rows, length), jnp.bool_),
+        "index": ((rows,), jnp.int32),
+        "valid": ((rows,), jnp.bool_),
+    }
+    sharding = axes.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, (shape, kind) in (kinds | more).items()
+    }
+
+
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def form(tree) -> list:
+    """Shape, type and place of every leaf; what is whole on every device has no place."""
+
+    def place(leaf) -> list[tuple[int, str]]:
+        return [] if leaf.sharding is None else [(axis, name) for axis, name in enumerate(leaf.sharding.spec) if name]
+
+    return [(leaf.shape, leaf.dtype, place(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
+def test_the_parameters_are_those_of_the_published_model(built):
+    _, cfg, params = built
+    assert cfg.image_tokens == 576 and CONFIG.dataset.buckets[0] > cfg.image_tokens
+    assert count(params["decoder"]) == 6_738_415_616  # LLaMA-7B
+    assert count(params["projector"]) == 20_979_712  # 1024 → 4096 → 4096, with biases
+    block, rest = 12_596_224, 3 * 14**2 * 1024 + 1024 + 577 * 1024 + 2 * 1024  # ViT-L/14-336, closing norm aside
+    assert count(params["vision"]) == 23 * block + rest
+    share = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))
+    assert share < 1.02 * count(params) / 8  # hardly anything is held by every device
+
+
+@pytest.mark.parametrize("length", CONFIG.dataset.buckets)
+def test_features_of_five_layers(built, length):
+    mesh, cfg, params = built
+    taps = extract.choose_taps(CONFIG.extract, cfg.decoder.depth)
+    rows = CONFIG.extract.rows_per_device * mesh.shape["data"]
+    with jax.set_mesh(mesh):
+        batch = abstract_batch(mesh, cfg, rows, length)
+        found = jax.eval_shape(lambda params, batch: extract.features(params, batch, cfg, taps), params, batch)
+    assert len(taps) == 5 and taps[-1] < cfg.decoder.depth - 1
+    assert found["features"].shape == (rows, 2 * 5 * 4096) and found["features"].dtype == jnp.float16
+    assert found["features"].sharding.spec[0] == "data"
+
+
+def test_a_lora_step_in_every_bucket_and_a_round_of_the_curriculum(built):
+    mesh, cfg, params = built
+    recipe, settings = Recipe.from_config(CONFIG.train, "train"), CONFIG.curriculum
+    sampler, arms = curriculum.make(settings), CONFIG.cluster.k
+    total = int(CONFIG.select.fraction * RECORDS)
+    steps, slots = recipe.length(total)
+    assert recipe.mode == "lora" and steps == 1040  # one epoch of a fifth, 128 at a time
+    with jax.set_mesh(mesh):
+        adapters = layers.abstract_arrays(lora.abstract(cfg, recipe.rank, recipe.targets), mesh)
+        trained = {"lora": adapters, "projector": params["projector"]}
+        frozen = {top: tree for top, tree in params.items() if top != "projector"}
+        run = compiled.compile_steps(cfg, recipe, sampler)
+        state = jax.eval_shape(
+            lambda trained: states.start(trained, recipe, sampler, arms, 1 + settings.lag, settings.round_steps),
+            trained,
+        )
+        members = plan.Members(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (RECORDS, RECORDS, arms + 1)))
+        drawn, p = jax.eval_shape(run.draw, state, members, np.int32(0), np.int32(slots))
+        accumulator = jax.eval_shape(lambda params: compiled.empty(params, recipe.batch), state.params)
+        for length in CONFIG.dataset.buckets:
+            slot = {"slot": ((recipe.micro_batch,), jnp.int32)}
+            batch = abstract_batch(mesh, cfg, recipe.micro_batch, length, **slot)
+            summed = jax.eval_shape(run.micro, state.params, frozen, accumulator, batch, state.key, state.step, 0)
+        after, empty, metrics = jax.eval_shape(run.apply, drawn, summed, Schedule.of(recipe, steps))
+    assert count(adapters) == 319_815_680  # rank 128 on all seven products of 32 layers
+    assert p.shape == (arms,) and drawn.plan.records.shape == (1, settings.round_steps, recipe.batch)
+    assert form(after) == form(drawn) and form(empty) == form(accumulator)
+    assert form(summed.grads) == form(accumulator.grads) and summed.losses.shape == (recipe.batch,)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+
+
+def test_answers(built):
+    mesh, cfg, params = built
+    rows, longest = CONFIG.evaluate.rows, CONFIG.dataset.buckets[-1]
+    new = CONFIG.evaluate.max_new_tokens
+    with jax.set_mesh(mesh):
+        batch = abstract_batch(mesh, cfg, rows, longest)
+        found = jax.eval_shape(
+            lambda params, batch: generate.greedy(params, batch, cfg, max_new_tokens=new, eos_id=2), params, batch
+        )
+    assert found.shape == (rows, new) and found.dtype == jnp.int32
+
+
+def test_every_stage_is_in_the_run():
+    """Base and reference are brought along; every other stage finds its keys."""
+    run = [stage.name for stage in pipeline.STAGES if pipeline.needed(CONFIG, stage.name)]
+    assert run == [name for name in pipeline.NAMES if name not in ("base", "reference")]
+    pipeline.check(CONFIG)
