@@ -1,4 +1,4 @@
-"""Greedy MMD picks by running sums against the published cubic procedure in NumPy; prints one JSON line.
+"""Greedy MMD picks by running sums against the published procedure in NumPy; prints one JSON line.
 
     python -m benchmarks.mmd [--rows n] [--fraction F] [--rounds R] [--seed S]
 
@@ -55,7 +55,7 @@ def timed(function, *arguments):
 
 def main() -> None:
     """Makes the Gram matrix, runs the rounds, compares the picks, prints the line."""
-    parser = argparse.ArgumentParser(description="Greedy MMD against the cubic procedure; one JSON line.")
+    parser = argparse.ArgumentParser(description="Greedy MMD against the published procedure; one JSON line.")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--fraction", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=5)

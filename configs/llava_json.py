@@ -28,5 +28,5 @@ def get_config() -> ConfigDict:
         recipe.batch, recipe.micro_batch = 64, 32
         recipe.loss_mean = "records"  # else the few long answers decide what a small model learns
     config.base.epochs = 10.0
-    config.train.epochs = 4.0
+    config.train.epochs = 2.0
     return config.lock()

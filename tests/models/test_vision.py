@@ -1,6 +1,7 @@
 """The vision tower: normalised patches, the convolution they stand for, class token and positions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,26 @@ import numpy as np
 import pytest
 
 from coincide_jax.models import layers, vision
+
+
+def drawn(cfg: vision.VisionConfig) -> dict:
+    """Parameters with std 0.2, so that attention is far from uniform; scales around 1."""
+    rng = np.random.default_rng(4)
+
+    def one(path, leaf: layers.Leaf) -> np.ndarray:
+        return (rng.normal(size=leaf.shape) * 0.2 + (path[-1].key == "scale")).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, vision.abstract(cfg), is_leaf=layers.is_leaf)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def forward(params, images, cfg: vision.VisionConfig) -> jax.Array:
+    return vision.forward(params, images, cfg, jnp.dtype("float32"))
+
+
+def run(params, images, cfg: vision.VisionConfig) -> np.ndarray:
+    """Patch features f32[b, tokens, w]."""
+    return np.asarray(forward(params, images, cfg))
 
 
 @pytest.fixture
@@ -37,14 +58,9 @@ def test_pixels_that_fill_no_patch_are_left_out(tiny, images):
 
 def test_without_blocks_it_is_the_strided_convolution_and_a_norm(tiny, images):
     """Weights of the blocks' last products are set to zero, so that only the embedding is left."""
-    cfg, mesh = tiny.cfg.vision, tiny.mesh()
-    with jax.set_mesh(mesh):
-        params = dict(tiny.params(mesh)["vision"])
-        quiet = {name: jnp.zeros_like(params["blocks"][name]) for name in ("wo", "bo", "down", "down_bias")}
-        params["blocks"] = params["blocks"] | quiet
-        run = jax.jit(lambda p, u: vision.forward(p, u, cfg, jnp.dtype("float32")))
-        found = np.asarray(run(params, images))
-        params = jax.device_get(params)
+    cfg, params = tiny.cfg.vision, drawn(tiny.cfg.vision)
+    quiet = {name: np.zeros_like(params["blocks"][name]) for name in ("wo", "bo", "down", "down_bias")}
+    found = run(params | {"blocks": params["blocks"] | quiet}, images, cfg)
     pixels = (images / 255.0 - np.array(cfg.mean)) / np.array(cfg.std)
     for row in range(2):
         for token in range(4):
@@ -57,26 +73,18 @@ def test_without_blocks_it_is_the_strided_convolution_and_a_norm(tiny, images):
 
 
 def test_the_class_token_is_seen_by_patches_but_not_handed_out(tiny, images):
-    mesh, dtype = tiny.mesh(), jnp.dtype("float32")
-    with jax.set_mesh(mesh):
-        params = tiny.params(mesh)["vision"]
-        run = jax.jit(lambda p, cfg: vision.forward(p, jnp.asarray(images), cfg, dtype), static_argnums=1)
-        found = run(params, tiny.cfg.vision)
-        other = run(params | {"class": -params["class"]}, tiny.cfg.vision)
-        without = dataclasses.replace(tiny.cfg.vision, class_token=False)
-        abstract = vision.abstract(without)
-        alone = run(layers.init(abstract, jax.random.key(0), mesh), without)
+    params = drawn(tiny.cfg.vision)
+    found = run(params, images, tiny.cfg.vision)
+    other = run(params | {"class": -params["class"]}, images, tiny.cfg.vision)
+    without = dataclasses.replace(tiny.cfg.vision, class_token=False)
+    abstract = vision.abstract(without)
     assert "class" not in abstract and abstract["position"].shape == (4, 16)
-    assert found.shape == alone.shape == (2, 4, 16)
-    assert np.abs(np.asarray(found - other)).max() > 1e-2
+    assert found.shape == run(drawn(without), images, without).shape == (2, 4, 16)
+    assert np.abs(found - other).max() > 1e-2
 
 
-def test_every_patch_sees_every_other(tiny, images):
-    mesh, dtype = tiny.mesh(), jnp.dtype("float32")
-    changed = images.copy()
+def test_every_patch_sees_every_other_of_its_image(tiny, images):
+    params, changed = drawn(tiny.cfg.vision), images.copy()
     changed[0, 8:, 8:] = 255 - changed[0, 8:, 8:]  # the last patch of the first image
-    with jax.set_mesh(mesh):
-        params = tiny.params(mesh)["vision"]
-        run = jax.jit(lambda p, u: vision.forward(p, u, tiny.cfg.vision, dtype))
-        difference = np.abs(np.asarray(run(params, images) - run(params, changed))).max(axis=-1)
+    difference = np.abs(run(params, images, tiny.cfg.vision) - run(params, changed, tiny.cfg.vision)).max(axis=-1)
     assert np.all(difference[0] > 1e-3) and np.all(difference[1] == 0)
