@@ -22,11 +22,11 @@ import numpy as np
 from coincide_jax.core import artifacts, axes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
-from coincide_jax.dataset import Dataset, batches, source
+from coincide_jax.dataset import READING, Dataset, batches, source
 from coincide_jax.models import hf, vlm
 
 STAGE_VERSION = 1
-KEYS = ("dataset", "extract", "reference.path", "device")
+KEYS = ("extract", "reference.path", *READING, "device.precision")
 
 
 def spread_taps(depth: int, count: int) -> tuple[int, ...]:

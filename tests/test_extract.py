@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import weights
 
 from coincide_jax import extract
 from coincide_jax.core import axes
-from coincide_jax.models import layers, vlm
+from coincide_jax.models import vlm
 
 MODEL = dict(
     vision=dict(patch=8, width=16, depth=1, heads=2, mlp=32),
@@ -18,7 +19,7 @@ ROWS, LENGTH = 16, 24
 
 
 def tiny_params(mesh):
-    return layers.init(vlm.abstract(CFG), jax.random.key(3), mesh)
+    return weights.draw(vlm.abstract(CFG), mesh, seed=3)
 
 
 def tiny_batch():

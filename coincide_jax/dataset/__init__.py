@@ -36,6 +36,14 @@ KEYS = (
     "target.path",
     "evaluate.questions",
 )
+READING = (  # the keys that `Dataset.of_model` reads
+    "dataset.template",
+    "dataset.system",
+    "dataset.max_length",
+    "dataset.buckets",
+    "dataset.threads",
+    "dataset.cache_mib",
+)
 TOKEN_CACHE_BYTES = 256 << 20
 REASONS_SHOWN = 3
 

@@ -11,7 +11,7 @@ import numpy as np
 from coincide_jax.core import artifacts, axes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
-from coincide_jax.dataset import Dataset, batches
+from coincide_jax.dataset import READING, Dataset, batches
 from coincide_jax.evaluation import answers as answers_lib
 from coincide_jax.evaluation import questions as questions_lib
 from coincide_jax.evaluation import relative
@@ -28,12 +28,7 @@ KEYS = (
     "evaluate.limit",
     "evaluate.bootstrap",
     "evaluate.seed",
-    "dataset.template",
-    "dataset.system",
-    "dataset.max_length",
-    "dataset.buckets",
-    "dataset.threads",
-    "dataset.cache_mib",
+    *READING,
     "device.precision",
 )
 

@@ -10,7 +10,7 @@ import numpy as np
 from coincide_jax.core import artifacts, checkpoint, precision
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
-from coincide_jax.dataset import Dataset
+from coincide_jax.dataset import READING, Dataset
 from coincide_jax.kernels import bandits, kmeans
 from coincide_jax.models import hf, layers
 from coincide_jax.models.vlm import VLMConfig, abstract
@@ -18,18 +18,9 @@ from coincide_jax.training.loop import Termination, fit
 from coincide_jax.training.state import Recipe
 
 STAGE_VERSION = 1
-_READING = (
-    "dataset.template",
-    "dataset.system",
-    "dataset.max_length",
-    "dataset.buckets",
-    "dataset.threads",
-    "dataset.cache_mib",
-    "device.precision",
-)
-BASE_KEYS = ("base", "model", "dataset.image_size", *_READING)
-REFERENCE_KEYS = ("reference.train", "target.path", *_READING)
-TRAIN_KEYS = ("train", "curriculum", "target.path", "select.fraction", *_READING)
+BASE_KEYS = ("base", "model", "dataset.image_size", *READING, "device.precision")
+REFERENCE_KEYS = ("reference.train", "target.path", *READING, "device.precision")
+TRAIN_KEYS = ("train", "curriculum", "target.path", "select.fraction", *READING, "device.precision")
 ROUND_STEPS = 50  # steps between two plans where nothing is learned from them
 POOLS = ("coreset", "all")
 MERGE = {"iterations": 50, "chunk": 4096}  # k-means over centroids, when fewer arms than clusters are asked for

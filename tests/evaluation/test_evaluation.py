@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import weights
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -13,7 +14,7 @@ from coincide_jax.core import artifacts, axes, checkpoint
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import tokenizer
 from coincide_jax.evaluation import relative
-from coincide_jax.models import layers, vlm
+from coincide_jax.models import vlm
 from configs import common
 
 COLOURS = ("red", "green", "blue", "white")
@@ -51,7 +52,7 @@ def made(tmp_path_factory):
         dataset.run(config, {}, folders["dataset"], mesh)
         vocab = tokenizer.Tokenizer.load(folders["dataset"] / "tokenizer.json").vocab_size
         cfg = vlm.VLMConfig.tiny(config.model, 24, vocab)
-        params = layers.init(vlm.abstract(cfg), jax.random.key(0), mesh)
+        params = weights.draw(vlm.abstract(cfg), mesh)
         card = {"config": cfg.to_dict(), "image_size": 24, "vocab": vocab, "template": "vicuna_v1", "system": ""}
         checkpoint.save_model(folders["train"] / "model", params, card, folders["dataset"] / "tokenizer.json")
         out = root / "evaluate"

@@ -1,13 +1,12 @@
 """A very small model with weights large enough (std ~0.2) that attention is far from uniform, and batches for it."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
+import weights
 
 from coincide_jax.core import axes
-from coincide_jax.models import layers, vlm
+from coincide_jax.models import vlm
 
 VOCAB, IMAGE, LENGTH = 64, 16, 24
 
@@ -31,16 +30,7 @@ class Tiny:
 
     def params(self, mesh, cfg=None, std: float = 0.2):
         """The same numbers on every mesh; vectors are drawn too, so that a bias left out shows."""
-
-        def strong(leaf: layers.Leaf) -> layers.Leaf:
-            return dataclasses.replace(leaf, init="normal", std=std)
-
-        abstract = jax.tree.map(strong, vlm.abstract(cfg or self.cfg), is_leaf=layers.is_leaf)
-        drawn = layers.init(abstract, jax.random.key(7), mesh)
-        ones = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf + 1.0 if path[-1].key == "scale" else leaf, drawn
-        )
-        return ones
+        return weights.draw(vlm.abstract(cfg or self.cfg), mesh, seed=7, std=std)
 
     def batch(self, mesh, rows: int = 8, length: int = LENGTH, seed: int = 0) -> dict:
         """Rows of different lengths; every fourth is text only; answers of different lengths."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import weights
 
 from coincide_jax.core.errors import UserError
 from coincide_jax.models import decoder, lora, vlm
@@ -16,21 +17,21 @@ def hidden(params, batch, cfg, **keys):
     return jax.jit(lambda p, b, k: vlm.forward(p, b, cfg, **k).hidden)(params, batch, keys)
 
 
-def strong(adapters, key):
-    """The adapters with B drawn too."""
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape), adapters)
+def adapters_on(mesh, cfg, strong: bool):
+    """Adapters of rank 4 on every target, as they begin (B is zero) or with B drawn too."""
+    return weights.draw(lora.abstract(cfg, 4, TARGETS), mesh, seed=3, std=0.12 if strong else None)
 
 
 @pytest.mark.parametrize(("devices", "model_parallel"), [(1, 1), (8, 2)])
-def test_adapters(tiny, key, devices, model_parallel):
+def test_adapters(tiny, devices, model_parallel):
     mesh = tiny.mesh(devices, model_parallel)
     with jax.set_mesh(mesh):
         params, batch = tiny.params(mesh), tiny.batch(mesh)
-        adapters = lora.init(lora.abstract(tiny.cfg, 4, TARGETS), key, mesh)
+        adapters = adapters_on(mesh, tiny.cfg, strong=False)
         plain = hidden(params, batch, tiny.cfg)
         forward = jax.jit(lambda p, a: vlm.forward(p, batch, tiny.cfg, lora=(a, 2.0, 0.0)).hidden)
         np.testing.assert_allclose(forward(params, adapters), plain, rtol=1e-5, atol=3e-5)
-        adapters = strong(adapters, key)
+        adapters = adapters_on(mesh, tiny.cfg, strong=True)
         beside = forward(params, adapters)
         assert np.abs(np.asarray(beside - plain)).max() > 0.1
         merged = jax.jit(lambda p, a: lora.merge(p, a, 2.0))(params, adapters)
@@ -41,13 +42,13 @@ def test_adapters(tiny, key, devices, model_parallel):
         assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_dropout_needs_a_key_and_is_the_same_on_any_mesh(tiny, key):
+def test_dropout_needs_a_key_and_is_the_same_on_any_mesh(tiny):
     found = []
     for devices in (1, 8):
         mesh = tiny.mesh(devices)
         with jax.set_mesh(mesh):
             params, batch = tiny.params(mesh), tiny.batch(mesh)
-            adapters = strong(lora.init(lora.abstract(tiny.cfg, 4, TARGETS), key, mesh), key)
+            adapters = adapters_on(mesh, tiny.cfg, strong=True)
             forward = jax.jit(lambda p, b, a, k: vlm.forward(p, b, tiny.cfg, lora=(a, 2.0, 0.5), dropout_key=k).hidden)
             dropped = forward(params, batch, adapters, jax.random.key(1))
             other = forward(params, batch, adapters, jax.random.key(2))
