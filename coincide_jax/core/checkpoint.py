@@ -116,9 +116,13 @@ class Checkpoints:
             self.manager.delete(step)
         return None
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
         self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets the folder go."""
+        self.wait()
         self.manager.close()
 
 

@@ -75,7 +75,8 @@ def run(folder: pathlib.Path, wanted: dict, action: Callable[[], dict], *, force
     """
     name = wanted["stage"]
     ours = complete(folder) or (folder / STARTED).is_file()
-    if folder.exists() and not ours and any(folder.iterdir()):
+    # names with a dot are ours: half-written files of a run killed before `started.json` had its name
+    if folder.exists() and not ours and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files that no stage made; take another --workdir")
     if force and folder.exists():
         shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """The loop: draw a round, read its records, run its steps, write what happened, save, go on where it stopped."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
@@ -186,7 +187,12 @@ def fit(
     log = Log(out, step)
     ahead, loss, clock = None, math.nan, time.monotonic()
     say(name, f"{steps} steps of {recipe.batch} records · {len(members['records'])} records in {arms} arms")
-    with Progress(name, steps, "steps") as progress, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(log),
+        Progress(name, steps, "steps") as progress,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
         progress.advance(step)
         while step < steps:
             number, first = divmod(step, round_steps)
@@ -212,13 +218,10 @@ def fit(
                     loss = log.flush(name)
                     checkpoints.save(step, state, {"steps": steps})
                 if stop.requested and step < steps:
-                    checkpoints.close()
-                    log.close()
+                    checkpoints.wait()
                     say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
                     raise SystemExit(STOPPED)
             loss = log.flush(name) if log.waiting else loss
-    checkpoints.close()
-    log.close()
     summary = _summary(out, state, len(members["records"]))
     say(
         name,
