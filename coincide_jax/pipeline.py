@@ -330,7 +330,13 @@ def finish(
         row: [artifacts.read_jsonl(f / "evaluate" / "answers.jsonl") for f in fs] for row, fs in answered.items()
     }
     settings = config.evaluate
-    table = relative.compare(answers, resamples=settings.bootstrap, seed=settings.seed, minimum=settings.tasks_to_rank)
+    table = relative.compare(
+        answers,
+        resamples=settings.bootstrap,
+        seed=settings.seed,
+        minimum=settings.tasks_to_rank,
+        part=settings.part,
+    )
     stage, out = STAGES[-1], workdir / "report"
     wanted = expected(config, stage, inputs)
     action = functools.partial(stage.run, subset(config, stage.keys), inputs, out, mesh, rows=trained, table=table)

@@ -108,6 +108,7 @@ def defaults() -> ConfigDict:
             train=recipe(),
             evaluate=dict(
                 questions="",  # folder of <task>.jsonl; '' = the held-out share of the records
+                part="heldout",  # heldout | dev: settings are chosen on dev, results are told of heldout
                 rows=32,  # questions a batch
                 max_new_tokens=24,
                 limit=0,  # questions a task, drawn by fixed seed; 0 = all

@@ -1,7 +1,8 @@
 """Stage 0: records and images → a checked, split data set; `Dataset` turns its records into sequences and pixels.
 
-The stage writes `split.json`, `tokenizer.json`, `quarantine.jsonl`, `questions/` (when held-out records are asked) and
-`drawn/` (when `dataset.records` is 'drawn'). Nothing is trained before it has ended, so held-out rows are in no model.
+The stage writes `split.json`, `tokenizer.json`, `quarantine.jsonl`, `questions/` (when held-out records are asked),
+`dev/` (questions of the dev part, for choosing settings) and `drawn/` (when `dataset.records` is 'drawn'). Nothing is
+trained before it has ended, so held-out rows are in no model.
 """
 
 import pathlib
@@ -199,6 +200,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         asked_folder = (out / "questions").absolute()
         questions.write_folder(asked_folder, rows)
         asked = len(rows), set()
+    questions.write_folder(out / "dev", questions.heldout_questions([records[index] for index in parts["dev"]]))
     texts = [records[index] for index in parts["pool"]] + [base_records[index] for index in parts["base"]]
     vocab = _tokenizer(config.target.path, texts, keys, out / "tokenizer.json")
     artifacts.write_jsonl(out / "quarantine.jsonl", quarantine)

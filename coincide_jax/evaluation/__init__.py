@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from coincide_jax.core import artifacts, axes
-from coincide_jax.core.errors import UserError
+from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import READING, Dataset, batches
 from coincide_jax.evaluation import answers as answers_lib
@@ -22,7 +22,9 @@ from coincide_jax.models import generate, hf
 __all__ = ["KEYS", "METRICS", "STAGE_VERSION", "run"]
 
 STAGE_VERSION = 1
+PARTS = ("heldout", "dev")
 KEYS = (
+    "evaluate.part",
     "evaluate.rows",
     "evaluate.max_new_tokens",
     "evaluate.limit",
@@ -52,7 +54,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     split = artifacts.read_json(inputs["dataset"] / "split.json")
     params, cfg, card = hf.load(model, mesh, config.device.precision)
     dataset = Dataset.of_model(split, model, card, cfg.image_tokens, config.dataset)
-    asked = ask(config.evaluate, split)
+    asked = ask(config.evaluate, split, inputs["dataset"])
     floors = Floors((dataset.records[i].task, dataset.records[i].turns) for i in split["pool"] if dataset.records[i])
     predictions = predict(params, cfg, dataset, asked, config, mesh)
     blind, blind_scores, blind_by = floors.guess(asked)
@@ -71,18 +73,25 @@ def check(settings) -> None:
     """Reads the questions of `config.evaluate.questions`, if it names a folder, before anything is trained.
 
     Raises:
-      UserError: a broken file, an unknown metric, no resamples.
+      UserError: an unknown part, a broken file, an unknown metric, no resamples.
     """
+    if settings.part not in PARTS:
+        raise unknown("evaluate.part", settings.part, PARTS)
     relative.check_resamples(settings.bootstrap)
     if settings.questions and pathlib.Path(settings.questions).is_dir():
         questions_lib.from_folder(settings.questions)
 
 
-def ask(settings, split: dict) -> list[questions_lib.Question]:
-    """The questions of this run, from the folder that split.json names, limited per task."""
-    if not split["questions"]:
-        raise UserError("there are no questions: dataset.share_heldout is 0 and evaluate.questions names no folder")
-    return questions_lib.limit(questions_lib.from_folder(split["questions"]), settings.limit, settings.seed)
+def ask(settings, split: dict, dataset: pathlib.Path) -> list[questions_lib.Question]:
+    """The questions of this run, limited per task: those of the folder that split.json names, or of the dev part."""
+    if settings.part == "dev":
+        folder, missing = dataset / "dev", "dataset.share_dev is 0"
+    else:
+        folder = pathlib.Path(split["questions"]) if split["questions"] else None
+        missing = "dataset.share_heldout is 0 and evaluate.questions names no folder"
+    if folder is None or not folder.is_dir():
+        raise UserError(f"there are no questions: {missing}")
+    return questions_lib.limit(questions_lib.from_folder(folder), settings.limit, settings.seed)
 
 
 def predict(params, cfg, dataset: Dataset, asked: list, config, mesh) -> list[str]:

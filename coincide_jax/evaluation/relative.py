@@ -129,6 +129,7 @@ def compare(
     seed: int = 0,
     minimum: int = 5,
     baseline: str = "random",
+    part: str = "heldout",
 ) -> dict:
     """Compares rows on the same questions.
 
@@ -139,6 +140,7 @@ def compare(
       seed: of the resampling.
       minimum: with fewer counted tasks nothing is said to be ranked.
       baseline: row that the others' Rel. % is subtracted from, paired, when it is there.
+      part: whose questions were asked; on 'dev' settings are chosen, so nothing is ranked there.
 
     Returns:
       A JSON-able dict: `tasks` (name, metric, questions, images, blind, blind_interval, counted), `rows`
@@ -194,8 +196,8 @@ def compare(
         ],
         "rows": {},
         "counted": [tasks[number] for number in counted],
-        "ranked": len(counted) >= minimum,
-        "sentence": _sentence(has_full, full, len(counted), len(tasks), minimum),
+        "ranked": len(counted) >= minimum and part == "heldout",
+        "sentence": _sentence(has_full, full, len(counted), len(tasks), minimum, part),
         "full": full if has_full else None,
         "baseline": baseline if baseline in rows else None,
         "resamples": resamples,
@@ -230,8 +232,10 @@ def compare(
     return table
 
 
-def _sentence(has_full: bool, full: str, counted: int, tasks: int, minimum: int) -> str:
+def _sentence(has_full: bool, full: str, counted: int, tasks: int, minimum: int, part: str) -> str:
     """Why nothing can be ranked; empty when rows can be."""
+    if part == "dev":
+        return "These are questions of the dev part, for choosing settings: nothing is ranked by them."
     if not has_full:
         return f"Nothing can be ranked: there is no row '{full}' tuned on all data, so there is no Rel. %."
     if counted < minimum:

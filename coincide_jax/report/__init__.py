@@ -18,7 +18,7 @@ from coincide_jax.report.sources import Artefacts, MissingError
 __all__ = ["KEYS", "STAGE_VERSION", "run"]
 
 STAGE_VERSION = 1
-KEYS = ("name", "evaluate.bootstrap", "evaluate.seed", "evaluate.tasks_to_rank")
+KEYS = ("name", "evaluate.part", "evaluate.bootstrap", "evaluate.seed", "evaluate.tasks_to_rank")
 SHOWN_CLUSTERS = 300  # rows of the cluster table; the rest are in select/clusters.parquet
 LOW_SHARE = 0.5  # a task whose share falls below this factor of its pool share is named
 

@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     (root / "records.json").write_text(json.dumps(records))
     config = common.defaults()
     config.dataset.update(records=str(root / "records.json"), images=str(root), share_heldout=0.4, base_share=0.1)
-    config.dataset.update(vocab=320, system="", image_size=24, share_dev=0.02, max_length=64, buckets=(32, 64))
+    config.dataset.update(vocab=320, system="", image_size=24, share_dev=0.08, max_length=64, buckets=(32, 64))
     config.model.update(
         ConfigDict(
             {
@@ -104,12 +104,38 @@ def test_intervals_are_those_of_the_table(made):
 
 def test_no_resamples_is_found_before_anything_runs():
     with pytest.raises(UserError, match=r"evaluate\.bootstrap is 0; expected 1"):
-        evaluation.check(ConfigDict({"bootstrap": 0, "questions": ""}))
+        evaluation.check(ConfigDict({"bootstrap": 0, "questions": "", "part": "heldout"}))
 
 
 def test_no_questions_is_one_sentence(made):
     with pytest.raises(UserError, match="there are no questions"):
-        evaluation.ask(made["config"].evaluate, {"questions": ""})
+        evaluation.ask(made["config"].evaluate, {"questions": ""}, made["root"])
+
+
+def test_the_dev_part_is_asked_on_request(made):
+    settings = made["config"].evaluate.copy_and_resolve_references()
+    settings.part = "dev"
+    split = artifacts.read_json(made["folders"]["dataset"] / "split.json")
+    asked = evaluation.ask(settings, split, made["folders"]["dataset"])
+    ids = [record["id"] for record in json.loads((made["root"] / "records.json").read_text())]
+    assert {question.id for question in asked} == {ids[index] for index in split["dev"]} != set()
+    with pytest.raises(UserError, match=r"there are no questions: dataset\.share_dev is 0"):
+        evaluation.ask(settings, split, made["root"])
+
+
+def test_nothing_is_ranked_on_the_dev_part(made):
+    rows = artifacts.read_jsonl(made["out"] / "answers.jsonl")
+    table = relative.compare({"full": [[row | {"score": 1.0, "blind_score": 0.0} for row in rows]]}, minimum=1)
+    assert table["ranked"] and not table["sentence"]
+    table = relative.compare(
+        {"full": [[row | {"score": 1.0, "blind_score": 0.0} for row in rows]]}, minimum=1, part="dev"
+    )
+    assert not table["ranked"] and "dev part" in table["sentence"]
+
+
+def test_an_unknown_part_is_one_sentence():
+    with pytest.raises(UserError, match=r"unknown evaluate\.part 'test'"):
+        evaluation.check(ConfigDict({"bootstrap": 1, "questions": "", "part": "test"}))
 
 
 def test_the_stage_reads_no_key_that_it_does_not_declare(made):
