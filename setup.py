@@ -20,6 +20,7 @@ setup(
         "markupsafe",
         "matplotlib",
         "ml-collections>=1.1",
+        "ml-dtypes",
         "numpy",
         "optax",
         "orbax-checkpoint>=0.12.8,<1",
@@ -36,7 +37,21 @@ setup(
         "cuda12": [f"jax[cuda12]{JAX}"],  # Ampere and Hopper with older drivers
         "v100": [f"jax[cuda12]{JAX}", "nvidia-cudnn-cu12>=9.10.2.21,<9.11"],  # cuDNN 9.11 dropped sm_70
         "tpu": [f"jax[tpu]{JAX}"],
-        "test": ["pytest", "hypothesis", "faiss-cpu", "ruff", "torch==2.13.0", "transformers>=5.6"],
+        # checkpoints as some are published: tokenizers without a tokenizer.json, weights as pickles
+        "convert": ["protobuf", "sentencepiece", "torch", "transformers>=5.6"],
+        "test": [
+            "faiss-cpu",
+            "hypothesis",
+            "peft",
+            "protobuf",
+            "pytest",
+            "pytest-xdist",
+            "regex",
+            "ruff",
+            "sentencepiece",
+            "torch==2.13.0",
+            "transformers>=5.6",
+        ],
     },
     entry_points={"console_scripts": ["coincide=coincide_jax.main:cli"]},
 )

@@ -6,26 +6,36 @@ concatenated layer by layer, `[v_l, t_l, …]`, and divided by sqrt(2·L). Text 
 system prompt. A text-only record has a zero visual half and is scaled back to unit length, so text-only records meet
 each other on the text half (the authors' code pools positions of padding there).
 
+CLIP alone can be the reference as well (`reference.path` names its folder; the paper's fourth reference model): the
+feature is then its image embedding and the text embedding of questions and answers, both of unit length, side by side,
+divided by sqrt(2); a text-only record has a zero image half and is scaled back in the same way.
+
 Rows go to disk shard by shard (`SHARD_ROWS` consecutive records), each shard with its list of finished rows, so a
 killed run goes on at the first unfinished shard. Every device always runs `rows_per_device` rows of one length bucket,
 which makes features bitwise independent of the number of devices.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from coincide_jax.core import artifacts, axes
+from coincide_jax.core import store as stores
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import READING, Dataset, batches, source
-from coincide_jax.models import hf, vlm
+from coincide_jax.dataset.conversation import Encoded
+from coincide_jax.dataset.tokenizer import Tokenizer
+from coincide_jax.models import clip, hf, vlm
 
 STAGE_VERSION = 1
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+JOINT = ("joint",)  # what stands for the layers when CLIP is the reference: one pair of halves
 KEYS = ("extract", "reference.path", *READING, "device.precision")
 
 
@@ -104,15 +114,47 @@ def features(
         return jnp.stack([pool(states, visual), pool(states, batch["text"])], axis=1)
 
     out = vlm.forward(params, batch, cfg, tap=tap)
-    rows_of = assemble(out.taps[jnp.array(taps)])
-    finite = jnp.isfinite(rows_of)
-    result = {
-        "features": jnp.where(finite, rows_of, 0.0).astype(jnp.float16),
-        "repaired": (~finite).any(axis=1),
-    }
+    result = stored(assemble(out.taps[jnp.array(taps)]))
     if scores:
         result |= token_scores(vlm.logits(params, out.hidden, cfg), batch["tokens"], batch["labels"])
     return result
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def joint_features(params, batch: dict, cfg: clip.CLIPConfig) -> dict[str, jax.Array]:
+    """The features of `features` from CLIP's two embeddings; `tokens` hold a text of CLIP's, `image_start` ≥ 0 says
+    that there is an image."""
+    image = clip.embed_images(params, batch["images"], cfg)
+    image = jnp.where((batch["image_start"] >= 0)[:, None], image, 0.0)
+    text = clip.embed_texts(params, batch["tokens"], batch["lengths"], cfg)
+    return stored(assemble(jnp.stack([image, text], axis=1)[None]))
+
+
+def stored(rows: jax.Array) -> dict[str, jax.Array]:
+    """Rows as they go to disk, what is not finite replaced by 0 and said."""
+    finite = jnp.isfinite(rows)
+    return {
+        "features": jnp.where(finite, rows, 0.0).astype(jnp.float16),
+        "repaired": (~finite).any(axis=1),
+    }
+
+
+class Captions:
+    """CLIP's texts: questions and answers of a record in order, between the marks that CLIP's tokenizer knows, cut to
+    `positions` tokens. Takes the place of `conversation.Template` in a `Dataset`."""
+
+    def __init__(self, tokenizer: Tokenizer, positions: int):
+        self.tokenizer, self.positions = tokenizer, positions
+        self.start, self.end = (tokenizer.id_of(name) for name in (CLIP_START, CLIP_END))
+        if self.start is None or self.end is None:
+            raise UserError(f"reference.path: the tokenizer lacks {CLIP_START} or {CLIP_END}; expected that of CLIP")
+
+    def encode(self, turns: tuple[tuple[str, str], ...], has_image: bool) -> Encoded:
+        """The text of a record; `image_start` is 0 if there is an image, which takes no position here."""
+        ids = self.tokenizer.encode(" ".join(part for turn in turns for part in turn))
+        ids = np.asarray([self.start, *ids[: self.positions - 2], self.end], np.int32)
+        inside = np.ones(len(ids), bool)
+        return Encoded(ids, 0 if has_image else -1, inside, inside)
 
 
 def choose_taps(keys, depth: int) -> tuple[int, ...]:
@@ -134,28 +176,57 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
     if config.extract.features:
         return take_given(config.extract, split, inputs["dataset"], out)
     folder = Path(config.reference.path) if config.reference.path else inputs["reference"]
-    params, cfg, card = hf.load(folder, mesh, config.device.precision)
-    taps = choose_taps(config.extract, cfg.decoder.depth)
-    data = Dataset.of_model(split, folder, card, cfg.image_tokens, config.dataset)
-    if not config.extract.scores:  # outside jit: only the layers that run stay in memory
-        held = jax.tree.map(lambda leaf: leaf[: taps[-1] + 1], params["decoder"]["blocks"])
-        params = params | {"decoder": params["decoder"] | {"blocks": held}}
-    width = 2 * len(taps) * cfg.decoder.width
-    tell_cuts(data, split["pool"])
-    say("extract", f"{len(split['pool'])} records · decoder layers {list(taps)} of {cfg.decoder.depth} · D = {width}")
-    store = artifacts.create_features(out / "features.zarr", split["n"], width)
+    names, precision = ("nll", "el2n", "aum") if config.extract.scores else (), config.device.precision
+    cfg, _ = hf.describe(folder, precision)
+    if isinstance(cfg, clip.CLIPConfig):
+        params, cfg, card = hf.load(folder, mesh, precision, storage="compute")
+        data, taps, width = open_pairs(split, folder, card, cfg, config), JOINT, 2 * cfg.text.projection
+        compute = functools.partial(joint_features, params, cfg=cfg)
+        told = "CLIP's image and text embedding"
+    elif isinstance(cfg, vlm.VLMConfig):
+        depth, taps = cfg.decoder.depth, choose_taps(config.extract, cfg.decoder.depth)
+        layers = None if names else taps[-1] + 1  # without scores only the layers that run are read
+        params, cfg, card = hf.load(folder, mesh, precision, storage="compute", layers=layers, head=bool(names))
+        data, width = (
+            Dataset.of_model(split, folder, card, cfg.image_tokens, config.dataset),
+            2 * len(taps) * cfg.decoder.width,
+        )
+        compute = functools.partial(features, params, cfg=cfg, taps=taps, scores=bool(names))
+        told = f"decoder layers {list(taps)} of {depth}"
+        tell_cuts(data, split["pool"])
+    else:
+        raise UserError(f"reference.path: {folder} holds neither a vision-language model nor CLIP")
+    say("extract", f"{len(split['pool'])} records · {told} · D = {width}")
+    store = stores.create(out / "features.zarr", split["n"], width)
     pool_rows = np.asarray(split["pool"], np.int64)
-    names = ("nll", "el2n", "aum") if config.extract.scores else ()
     with Progress("extract", len(pool_rows), "records") as progress:
         for shard in range(0, split["n"], artifacts.SHARD_ROWS):
             part = out / "parts" / f"{shard:012d}.npz"
             members = pool_rows[(pool_rows >= shard) & (pool_rows < shard + artifacts.SHARD_ROWS)]
             if not part.exists():
-                write_shard(
-                    store, part, shard, members, data, params, cfg, taps, names, config.extract.rows_per_device, mesh
-                )
+                rows = config.extract.rows_per_device
+                write_shard(store, part, shard, members, data, compute, names, rows, mesh)
             progress.advance(len(members))
     return collect(out, split, data, names, inputs["dataset"], width, taps)
+
+
+def open_pairs(split: dict, folder: Path, card: dict, cfg: clip.CLIPConfig, config) -> Dataset:
+    """The split's records as CLIP reads them: pixels of its size, `Captions` as texts.
+
+    Raises:
+      UserError: scores are asked for, which CLIP has none of; a tokenizer that is not CLIP's.
+    """
+    if config.extract.scores:
+        raise UserError(f"extract.scores is set but reference.path {folder} is CLIP, which predicts no answers")
+    settings, positions = ConfigDict(config.dataset), cfg.text.positions
+    # 'phi' ends in a token that CLIP knows as well; Captions takes its place at once
+    settings.update(template="phi", system="", max_length=positions, buckets=(positions,))
+    data = Dataset.of_model(split, folder, card | {"template": "phi"}, 0, settings)
+    data.template, data.frame = Captions(data.tokenizer, positions), "crop"
+    cut = int((data.lengths(split["pool"]) >= positions).sum())
+    if cut:
+        say("extract", f"{cut} records have {positions} tokens or more and are cut there")
+    return data
 
 
 def tell_cuts(data: Dataset, pool: Sequence[int]) -> None:
@@ -167,9 +238,12 @@ def tell_cuts(data: Dataset, pool: Sequence[int]) -> None:
         say("extract", f"{len(full)} records reach dataset.max_length = {data.buckets[-1]} and are cut there{tail}")
 
 
-def write_shard(store, part: Path, shard: int, members: np.ndarray, data, params, cfg, taps, names: Sequence[str],
+def write_shard(store, part: Path, shard: int, members: np.ndarray, data, compute: Callable, names: Sequence[str],
                 rows_per_device: int, mesh) -> None:  # fmt: skip
-    """Features of one shard's records, written whole, then the shard's list of rows, which marks it as finished."""
+    """Features of one shard's records, written whole, then the shard's list of rows, which marks it as finished.
+
+    `compute(batch)` gives features, repaired and what `names` says of a batch on the devices.
+    """
     rows = min(artifacts.SHARD_ROWS, store.shape[0] - shard)
     block = np.zeros((rows, store.shape[1]), np.float16)
     columns = {name: np.zeros(rows, np.float32) for name in names} | {
@@ -178,12 +252,12 @@ def write_shard(store, part: Path, shard: int, members: np.ndarray, data, params
     count = rows_per_device * mesh.shape["data"]
     pending = []
     for batch in batches.ordered(data, members, count, threads=data.threads):
-        pending.append((batch, features(params, axes.put_batch(batch, mesh), cfg, taps, bool(names))))
+        pending.append((batch, compute(axes.put_batch(batch, mesh))))
         if len(pending) > 2:  # the device works on the next batches while this one is fetched
             take(*pending.pop(0), shard, block, columns)
     for batch, result in pending:
         take(batch, result, shard, block, columns)
-    store[shard : shard + rows].write(block).result()
+    store.write(shard, block)
     part.parent.mkdir(exist_ok=True)
     with artifacts.atomic(part) as temporary, open(temporary, "wb") as file:
         np.savez(file, **columns)
@@ -200,7 +274,7 @@ def take(batch: dict, result: dict, shard: int, block: np.ndarray, columns: dict
     columns["valid"][rows] = True
 
 
-def collect(out: Path, split: dict, data, names: Sequence[str], dataset: Path, width: int, taps: Sequence[int]) -> dict:
+def collect(out: Path, split: dict, data, names: Sequence[str], dataset: Path, width: int, taps: Sequence) -> dict:
     """Joins the shards' columns into scores.parquet; records whose image failed now join the quarantine."""
     parts = [dict(np.load(path)) for path in sorted((out / "parts").glob("*.npz"))]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in (*names, "valid", "repaired")}
@@ -234,17 +308,17 @@ def write_scores(out: Path, records: Sequence, columns: dict, names: Sequence[st
 
 def take_given(keys, split: dict, dataset: Path, out: Path) -> dict:
     """Features made elsewhere: copied into the store, rows outside the pool zeroed."""
-    given = artifacts.read_features(Path(keys.features))
+    given = stores.open_features(Path(keys.features))
     if given.shape[0] != split["n"]:
         raise UserError(
             f"extract.features {keys.features} has {given.shape[0]} rows, the data set {split['n']} records"
         )
     valid = np.zeros(split["n"], bool)
     valid[split["pool"]] = True
-    store = artifacts.create_features(out / "features.zarr", *given.shape)
+    store = stores.create(out / "features.zarr", *given.shape)
     for shard in range(0, split["n"], artifacts.SHARD_ROWS):
         rows = slice(shard, min(shard + artifacts.SHARD_ROWS, split["n"]))
-        store[rows].write(np.where(valid[rows, None], given[rows], 0).astype(np.float16)).result()
+        store.write(shard, np.where(valid[rows, None], given[rows], 0).astype(np.float16))
     records, _ = source.parse(source.load(split["records"])[: split["n"]])
     write_scores(out, records, {"valid": valid}, ())
     artifacts.write_jsonl(out / "quarantine.jsonl", artifacts.read_jsonl(dataset / "quarantine.jsonl"))

@@ -1,14 +1,22 @@
 """Features: formula against NumPy, device count, text-only rule, scores, early exit, resumption."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 import weights
+from PIL import Image
 
 from coincide_jax import extract
-from coincide_jax.core import axes
+from coincide_jax.core import artifacts, axes
+from coincide_jax.core.errors import UserError
+from coincide_jax.dataset import images, tokenizer
 from coincide_jax.models import vlm
+from configs import common
 
 MODEL = dict(
     vision=dict(patch=8, width=16, depth=1, heads=2, mlp=32),
@@ -138,3 +146,92 @@ def test_scores_need_no_second_pass_and_change_no_feature():
         np.testing.assert_allclose(
             np.asarray(scored["features"], np.float32), np.asarray(plain["features"], np.float32), atol=1e-3
         )
+
+
+SIDE, POSITIONS = 32, 24  # pixels, longest text of the CLIP below
+TURNS = (
+    [("What is it?", "A red square."), ("And this?", "A blue circle, left of the red square.")],
+    [("How many?", "Two.")],
+    [("Say hello.", "Hello.")],  # without an image
+    [("Where is the square?", "Left of the circle, where the red square was, and below it, and above it.")],
+)
+
+
+def clip_model(ids) -> torch.nn.Module:
+    """A CLIP of transformers with random weights of std 0.2."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": ids.vocab_size, "max_position_embeddings": POSITIONS}
+    ends = {"eos_token_id": ids.id_of("<|endoftext|>"), "bos_token_id": ids.id_of("<|startoftext|>")}
+    eye = {**sizes, "image_size": SIDE, "patch_size": 8}
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text | ends, vision_config=eye, projection_dim=16)
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, value in sorted(model.named_parameters()):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.2 + float(value.ndim == 1))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A dataset folder of four records, a CLIP folder, the CLIP that it holds, its tokenizer."""
+    root, rng = tmp_path_factory.mktemp("clip"), np.random.default_rng(0)
+    records = []
+    for number, turns in enumerate(TURNS):
+        said = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        records.append({"id": str(number), "conversations": said})
+        if number != 2:
+            said[0]["value"] = f"<image>\n{said[0]['value']}"
+            records[-1]["image"] = f"{number}.png"
+            Image.fromarray(rng.integers(0, 256, (20 + number, 30, 3), np.uint8)).save(root / f"{number}.png")
+    (root / "records.json").write_text(json.dumps(records))
+    split = {"records": str(root / "records.json"), "images": str(root), "base_records": "", "n": 4,
+             "pool": [0, 1, 2, 3], "dev": [], "heldout": [], "base": []}  # fmt: skip
+    artifacts.write_json(root / "dataset" / "split.json", split)
+    artifacts.write_jsonl(root / "dataset" / "quarantine.jsonl", [])
+    ids = tokenizer.train((text for turns in TURNS for turn in turns for text in turn), 300)
+    ids.backend.add_special_tokens(["<|startoftext|>"])
+    ids = tokenizer.Tokenizer(ids.backend)
+    model = clip_model(ids)
+    model.save_pretrained(root / "model")
+    ids.save(root / "model" / "tokenizer.json")
+    config = common.defaults()
+    config.reference.path, config.extract.rows_per_device = str(root / "model"), 2
+    return root, config, model, ids
+
+
+def test_clip_alone_can_be_the_reference(alone, tmp_path):
+    root, config, model, ids = alone
+    mesh = axes.make_mesh(devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        summary = extract.run(config, {"dataset": root / "dataset"}, tmp_path, mesh)
+    assert summary["width"] == 32 and summary["taps"] == ["joint"] and summary["records"] == 4
+    found = np.asarray(artifacts.read_features(tmp_path / "features.zarr")[:], np.float32)
+    mean, std = (np.asarray(part, np.float32) for part in (vlm.CLIP_MEAN, vlm.CLIP_STD))
+    for number, turns in enumerate(TURNS):
+        words = ids.encode(" ".join(text for turn in turns for text in turn))[: POSITIONS - 2]
+        words = torch.tensor([[ids.id_of("<|startoftext|>"), *words, ids.id_of("<|endoftext|>")]])
+        pixels = np.zeros((SIDE, SIDE, 3), np.float32)
+        if number != 2:
+            raw = images.load(root / f"{number}.png", SIDE, (0, 0, 0), "crop")  # CLIP's own frame, without padding
+            pixels = (raw / np.float32(255) - mean) / std
+        with torch.no_grad():
+            out = model(input_ids=words, pixel_values=torch.tensor(pixels.transpose(2, 0, 1)[None]))
+        halves = np.concatenate([out.image_embeds[0].numpy(), out.text_embeds[0].numpy()])
+        halves /= np.sqrt(2)
+        if number == 2:
+            halves = np.concatenate([np.zeros(16), halves[16:] * np.sqrt(2)])
+        np.testing.assert_allclose(found[number], halves, atol=6e-4)
+    assert len(ids.encode(" ".join(text for turn in TURNS[3] for text in turn))) > POSITIONS - 2  # one was cut
+
+
+def test_clip_has_no_scores(alone, tmp_path):
+    root, config, *_ = alone
+    config = config.copy_and_resolve_references()
+    config.extract.scores = True
+    mesh = axes.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"extract.scores is set but reference.path .* is CLIP"):
+        extract.run(config, {"dataset": root / "dataset"}, tmp_path, mesh)

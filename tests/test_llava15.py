@@ -19,7 +19,10 @@ CONFIG = llava15.get_config()
 RECORDS = 665_298  # of llava_v1_5_mix665k.json
 
 
-@pytest.fixture(scope="module", params=[(1, "float32"), (2, "bfloat16")], ids=["8x1 float32", "4x2 bfloat16"])
+KINDS = {"8x1 float32": (1, "float32"), "4x2 bfloat16": (2, "bfloat16"), "8x1 float16": (1, "float16")}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def built(request):
     """A mesh, the model's configuration, its abstract parameters."""
     model_parallel, name = request.param
@@ -94,10 +97,14 @@ def test_a_lora_step_in_every_bucket_and_a_round_of_the_curriculum(built):
     with jax.set_mesh(mesh):
         adapters = layers.abstract_arrays(lora.abstract(cfg, recipe.rank, recipe.targets), mesh)
         trained = {"lora": adapters, "projector": params["projector"]}
-        frozen = {top: tree for top, tree in params.items() if top != "projector"}
+        held = layers.abstract_arrays(vlm.abstract(cfg), mesh, cfg.precision.dtype)  # the base, as it is computed with
+        frozen = {top: tree for top, tree in held.items() if top != "projector"}
+        scaled = cfg.precision.loss_scale
         run = compiled.compile_steps(cfg, recipe, sampler)
         state = jax.eval_shape(
-            lambda trained: states.start(trained, recipe, sampler, arms, 1 + settings.lag, settings.round_steps),
+            lambda trained: states.start(
+                trained, recipe, sampler, arms, 1 + settings.lag, settings.round_steps, loss_scale=scaled
+            ),
             trained,
         )
         members = plan.Members(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (RECORDS, RECORDS, arms + 1)))
@@ -106,13 +113,15 @@ def test_a_lora_step_in_every_bucket_and_a_round_of_the_curriculum(built):
         for length in CONFIG.dataset.buckets:
             slot = {"slot": ((recipe.micro_batch,), jnp.int32)}
             batch = abstract_batch(mesh, cfg, recipe.micro_batch, length, **slot)
-            summed = jax.eval_shape(run.micro, state.params, frozen, accumulator, batch, state.key, state.step, 0)
+            where = (state.key, state.step, 0, *((state.scale.scale,) if scaled else ()))
+            summed = jax.eval_shape(run.micro, state.params, frozen, accumulator, batch, *where)
         after, empty, metrics = jax.eval_shape(run.apply, drawn, summed, Schedule.of(recipe, steps))
     assert count(adapters) == 319_815_680  # rank 128 on all seven products of 32 layers
     assert p.shape == (arms,) and drawn.plan.records.shape == (1, settings.round_steps, recipe.batch)
     assert form(after) == form(drawn) and form(empty) == form(accumulator)
     assert form(summed.grads) == form(accumulator.grads) and summed.losses.shape == (recipe.batch,)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params)) and ("skipped" in metrics) == scaled
 
 
 def test_answers(built):

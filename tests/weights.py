@@ -17,7 +17,7 @@ def draw(abstract: dict, mesh, seed: int = 0, std: float | None = None) -> dict:
 
     def one(path, leaf: layers.Leaf, place: jax.ShapeDtypeStruct) -> jax.Array:
         rng = np.random.default_rng([seed, zlib.crc32(jax.tree_util.keystr(path).encode())])
-        width = (leaf.std if leaf.init == "normal" else 0.0) if std is None else std
+        width = (leaf.std if leaf.init in ("normal", "uniform") else 0.0) if std is None else std
         values = (leaf.init == "ones") + width * rng.standard_normal(leaf.shape)
         return jax.device_put(values.astype(np.float32), place.sharding)
 

@@ -6,7 +6,6 @@ trained before it has ended, so held-out rows are in no model.
 """
 
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ from coincide_jax.dataset import batches, conversation, drawn, images, questions
 from coincide_jax.dataset import split as splitting
 from coincide_jax.dataset import tokenizer as tokenizers
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 KEYS = (
     "dataset.records",
     "dataset.images",
@@ -54,14 +53,13 @@ class Dataset:
 
     def __init__(
         self, records: Sequence[source.Record | None], folder: pathlib.Path, tokenizer, settings,
-        image_size: int, image_tokens: int,
+        image_size: int, image_tokens: int, template: str, mean: Sequence[float],
     ):  # fmt: skip
         self.records, self.folder, self.tokenizer = records, folder, tokenizer
         self.image_size, self.image_tokens, self.threads = image_size, image_tokens, settings.threads
+        self.background, self.frame = tuple(int(255 * channel) for channel in mean), "pad"
         self.buckets = _checked_buckets(settings.buckets, settings.max_length)
-        self.template = conversation.Template(
-            settings.template, tokenizer, settings.system, image_tokens, settings.max_length
-        )
+        self.template = conversation.Template(template, tokenizer, settings.system, image_tokens, settings.max_length)
         self.eos_id, self.pad_id, self.vocab_size = self.template.eos_id, 0, tokenizer.vocab_size
         self._sequences, self._pixels = images.Cache(TOKEN_CACHE_BYTES), images.Cache(settings.cache_mib << 20)
         self._told: set[int] = set()
@@ -69,16 +67,19 @@ class Dataset:
     @classmethod
     def open(
         cls, split: dict, part_file: str, *, tokenizer_path: pathlib.Path, settings,
-        image_size: int, image_tokens: int,
+        image_size: int, image_tokens: int, template: str, mean: Sequence[float],
     ) -> "Dataset":  # fmt: skip
         """Opens the records that a split names.
 
         Args:
           split: what `split.json` holds.
           part_file: 'records', or 'base_records' when the split names a second file.
-          settings: `config.dataset` (template, system, max_length, buckets, threads, cache_mib).
+          tokenizer_path: `tokenizer.json`, or where it would be (`Tokenizer.load`).
+          settings: `config.dataset` (system, max_length, buckets, threads, cache_mib).
           image_size: pixels of the model's square input.
           image_tokens: positions that an image takes.
+          template: of the model's conversations.
+          mean: of the model's channels, of images in [0, 1]; padding takes its colour.
 
         Raises:
           UserError: unreadable records or tokenizer; buckets or max_length that do not fit.
@@ -90,24 +91,33 @@ class Dataset:
         kept = {index for part in parts for index in split[part]}
         records = [record if index in kept else None for index, record in enumerate(records)]
         tokenizer = tokenizers.Tokenizer.load(tokenizer_path)
-        return cls(records, pathlib.Path(split["images"]), tokenizer, settings, image_size, image_tokens)
+        folder = pathlib.Path(split["images"])
+        return cls(records, folder, tokenizer, settings, image_size, image_tokens, template, mean)
 
     @classmethod
     def of_model(cls, split: dict, folder: pathlib.Path, card: dict, image_tokens: int, settings) -> "Dataset":
-        """The split's records as the model of a folder reads them: its tokenizer, image size and template.
+        """The split's records as the model of a folder reads them: its tokenizer, image size, template and mean.
+
+        The template is the model's own, since a run may read its reference with one and its target with another;
+        `dataset.template` is that of the models made here.
 
         Raises:
-          UserError: the model was trained with another template than `config.dataset` names.
+          UserError: unreadable records or tokenizer; a tokenizer with more entries than the model has.
         """
         if card["template"] != settings.template:
-            raise UserError(
-                f"{folder} was trained with template '{card['template']}', "
-                f"but dataset.template is '{settings.template}'"
-            )
-        return cls.open(
+            say("dataset", f"{folder} is read with its own template, {card['template']}")
+        if card.get("system", settings.system) != settings.system:
+            say("dataset", f"{folder} was tuned with another system prompt than dataset.system")
+        data = cls.open(
             split, "records", tokenizer_path=folder / "tokenizer.json", settings=settings,
-            image_size=card["image_size"], image_tokens=image_tokens,
+            image_size=card["image_size"], image_tokens=image_tokens, template=card["template"], mean=card["mean"],
         )  # fmt: skip
+        if data.vocab_size > card["vocab"]:
+            raise UserError(
+                f"the tokenizer of {folder} has {data.vocab_size} entries, but the model only {card['vocab']}; "
+                f"expected the tokenizer that the model was trained with"
+            )
+        return data
 
     def encode(self, index: int) -> conversation.Encoded:
         """The training sequence of a valid record."""
@@ -128,7 +138,11 @@ class Dataset:
 
     def image(self, path: str) -> np.ndarray:
         """Pixels u8[S, S, 3] of a path inside the images folder; raises what Pillow raises."""
-        return self._pixels.get(path, lambda: images.load(self.folder / path, self.image_size), lambda a: a.nbytes)
+
+        def make() -> np.ndarray:
+            return images.load(self.folder / path, self.image_size, self.background, self.frame)
+
+        return self._pixels.get(path, make, lambda pixels: pixels.nbytes)
 
     def row(self, index: int) -> batches.Row | int:
         """Sequence and pixels of a record, or the bare index if there is none to be had (never an exception)."""
@@ -169,10 +183,13 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     if keys.records == "drawn":
         folder = drawn.draw(out / "drawn", keys.drawn)
         records_path, images_folder = folder / "train.json", folder / "images"
-        base_path = base_path or str(folder / "base.json")
+        base_path = base_path or ("" if config.target.path else str(folder / "base.json"))
         asked_folder = asked_folder or (folder / "eval").absolute()
     if not keys.records:
-        raise UserError("dataset.records is not set; expected a LLaVA JSON or JSONL file, or 'drawn'")
+        raise UserError(
+            "dataset.records is not set; expected a LLaVA JSON or JSONL file, or 'drawn'; to select from arrays alone "
+            "set extract.features"
+        )
     records, quarantine, digests = _read("records", records_path, images_folder, keys)
     asked = 0, set()
     if asked_folder:
@@ -249,13 +266,11 @@ def _read(name: str, path: pathlib.Path, folder: pathlib.Path, keys):
 
 
 def _tokenizer(target: str, records: list[source.Record], keys, path: pathlib.Path) -> int:
-    """Copies the target's tokenizer or trains one on the text of `records`; returns its number of entries."""
+    """Writes the target's tokenizer or trains one on the text of `records`; returns its number of entries."""
     if target:
-        found = pathlib.Path(target) / "tokenizer.json"
-        vocab = tokenizers.Tokenizer.load(found).vocab_size
-        with artifacts.atomic(path) as temporary:
-            shutil.copyfile(found, temporary)
-        return vocab
+        found = tokenizers.Tokenizer.load(pathlib.Path(target) / "tokenizer.json")
+        found.save(path)
+        return found.vocab_size
     texts = (
         text for record in records for text in conversation.render(record.turns, record.image is not None, keys.system)
     )

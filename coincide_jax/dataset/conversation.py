@@ -6,6 +6,7 @@ A sequence is
 
 Pieces are tokenised separately and joined: the header, the question with its role words, the answer with the blank
 before it. So the tokens of a generation prompt (which ends in "ASSISTANT:") are a prefix of the training sequence.
+With a BOS token (Llama has one, StableLM and Phi have none) the sequence begins with it.
 """
 
 from typing import NamedTuple
@@ -80,7 +81,7 @@ class Template:
         self.eos_id = end
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         self.headers = {flag: begin + tokenizer.encode(header(system, flag)) for flag in (False, True)}
-        self.tail = tokenizer.encode(" ASSISTANT:")
+        self.tail = tokenizer.encode(" ASSISTANT:", continued=True)
         need = len(self.headers[True]) + image_tokens + len(self.tail) + 2
         if need > max_length:
             raise UserError(
@@ -92,9 +93,10 @@ class Template:
         """A training sequence, cut at the maximal length (image counted)."""
         tokens, image_start, begin = self._opening(has_image)
         labels = [False] * len(tokens)
-        for question, answer in pieces(turns, has_image):
-            asked = self.tokenizer.encode(question)
-            said = [*self.tokenizer.encode(answer), self.eos_id]
+        for turn, (question, answer) in enumerate(pieces(turns, has_image)):
+            # only what follows the image begins a text: LLaVA tokenises the string before and after it
+            asked = self.tokenizer.encode(question, continued=turn > 0 or not has_image)
+            said = [*self.tokenizer.encode(answer, continued=True), self.eos_id]
             tokens += asked + said
             labels += [False] * len(asked) + [True] * len(said)
         return self._finish(tokens, image_start, labels, begin)
@@ -102,7 +104,7 @@ class Template:
     def prompt(self, question: str, has_image: bool) -> Encoded:
         """A generation prompt, ending in "ASSISTANT:"; a question that is too long loses its end, not the role word."""
         tokens, image_start, begin = self._opening(has_image)
-        tokens += self.tokenizer.encode(question_piece(question, True, has_image))
+        tokens += self.tokenizer.encode(question_piece(question, True, has_image), continued=not has_image)
         if len(tokens) > self.max_length:
             tokens = tokens[: self.max_length - len(self.tail)] + self.tail
         return self._finish(tokens, image_start, [False] * len(tokens), begin)

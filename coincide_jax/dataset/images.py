@@ -1,4 +1,8 @@
-"""An image file to a square uint8 array, in parity with LLaVA: pad to a square, then Pillow's bicubic resize.
+"""An image file to a square uint8 array, in parity with the pipelines that the towers were trained with.
+
+LLaVA pads to a square and then resizes; CLIP's own processor resizes the shorter side and crops the centre; SigLIP's
+squeezes. All take what Pillow's `convert("RGB")` gives, as LLaVA's own code does: alpha and a palette's transparent
+entry are dropped (never laid over white), CMYK is converted without a profile, an EXIF rotation is not applied.
 
 `jax.image.resize` is not the same as Pillow's antialiased bicubic, so images are resized here, on the host;
 they travel as uint8 and are normalised on the device.
@@ -10,27 +14,46 @@ import threading
 import numpy as np
 from PIL import Image
 
-# Of CLIP's vision tower, in units of [0, 1]; the padding takes the mean's colour, so that it normalises to about zero.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PAD_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
+BICUBIC = Image.Resampling.BICUBIC
 
 
-def load(path: pathlib.Path, size: int) -> np.ndarray:
-    """Decodes an image (palettes and grey become RGB), pads it to a square, resizes it: u8[size, size, 3]."""
+def load(path: pathlib.Path, size: int, background: tuple[int, int, int], frame: str = "pad") -> np.ndarray:
+    """Decodes an image file and makes it a square, u8[size, size, 3].
+
+    background: RGB of the padding, int(255 · mean) of the tower's mean, so that it normalises to about zero.
+    frame: pad (LLaVA) | crop (CLIP and DINOv2 on their own) | squeeze (SigLIP on its own).
+    """
     with Image.open(path) as image:
-        return square(image.convert("RGB"), size)
+        image = image.convert("RGB")
+    if frame == "pad":
+        return square(image, size, background)
+    return {"crop": crop, "squeeze": squeeze}[frame](image, size)
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """Centres an RGB image on a square of the padding colour and resizes it (bicubic). Returns u8[size, size, 3]."""
+def square(image: Image.Image, size: int, background: tuple[int, int, int]) -> np.ndarray:
+    """Centres an RGB image on a square of the background's colour and resizes it (bicubic). Returns u8[size, size, 3].
+
+    LLaVA's `expand2square`; after it the processors' resizing of the shorter side is this one, and their crop is none.
+    """
     side = max(image.size)
     if image.size != (side, side):
-        canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+        canvas = Image.new("RGB", (side, side), background)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return squeeze(image, size)
+
+
+def crop(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes an RGB image (bicubic) so that its shorter side is `size`, keeps the centre: u8[size, size, 3]."""
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.resize((width, height), BICUBIC))[top : top + size, left : left + size]
+
+
+def squeeze(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes an RGB image (bicubic) without regard to its shape: u8[size, size, 3]."""
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size), BICUBIC))
 
 
 class Cache:

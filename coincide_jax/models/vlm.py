@@ -53,8 +53,7 @@ class VLMConfig:
             if found != expected:
                 wrong = ", ".join(sorted(found ^ expected))
                 raise UserError(f"the model configuration's part '{name}' lacks or does not know: {wrong}")
-            tidy = {key: tuple(value) if isinstance(value, list) else value for key, value in values[name].items()}
-            parts[name] = kind(**tidy)
+            parts[name] = kind(**{key: _hashable(value) for key, value in values[name].items()})
         return cls(parts["vision"], parts["decoder"], precision or precisions.choose())
 
     @classmethod
@@ -75,24 +74,48 @@ class VLMConfig:
                 raise UserError(f"{what} is {size}; expected a multiple of {part} ({by})")
         return cls(
             VisionConfig(
+                family="clip",
                 image_size=image_size,
                 **{key: eye[key] for key in ("patch", "width", "depth", "heads", "mlp")},
                 activation="quick_gelu",
                 norm_eps=1e-5,
                 class_token=True,
+                registers=0,
+                pre_norm=True,
+                closing_norm=False,
+                layer_scale=False,
+                patch_bias=False,
+                gated_mlp=False,
                 mean=CLIP_MEAN,
                 std=CLIP_STD,
             ),
             DecoderConfig(
                 vocab=vocab,
                 **{key: text[key] for key in ("width", "depth", "heads", "kv_heads", "mlp")},
+                family="llama",
                 head_dim=text["width"] // text["heads"],
+                norm="rms",
                 norm_eps=1e-5,
+                activation="silu",
+                gated=True,
+                parallel=False,
+                biases=(),
+                head_bias=False,
+                rotary=text["width"] // text["heads"],
                 rope_theta=10000.0,
+                rope_scaling=(),
+                positions=4096,
+                qk_norm=False,
                 tied=False,
+                layer_shapes=(),
             ),
             precision or precisions.choose(),
         )
+
+
+def _hashable(value):
+    """Lists as tuples, at any depth."""
+    return tuple(_hashable(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 class Forward(NamedTuple):
@@ -156,12 +179,11 @@ def forward(
     """
     x = embed(params, batch, cfg, remat=remat)
     positions = jnp.arange(x.shape[1])[None]
-    attend = decoder.full_attention(decoder.causal_bias(x.shape[1]))
     out = decoder.run(
         params["decoder"],
         x,
         positions,
-        attend,
+        decoder.full_attention(),
         cfg.decoder,
         lora=lora,
         dropout_key=dropout_key,
@@ -176,16 +198,23 @@ def logits(params: dict, hidden: jax.Array, cfg: VLMConfig) -> jax.Array:
     reductions over it are fine, a gather along it is not (compare with an iota instead, as `loss.py` does)."""
     dtype = cfg.precision.dtype
     h = decoder.final_norm(params["decoder"], hidden, cfg.decoder).astype(dtype)
-    weight = decoder.head(params["decoder"], cfg.decoder, dtype)
-    return jnp.einsum("btw,wv->btv", h, weight, preferred_element_type=jnp.float32)
+    weight, bias = (
+        decoder.head(params["decoder"], cfg.decoder, dtype),
+        decoder.head_bias(params["decoder"], cfg.decoder),
+    )
+    scores = jnp.einsum("btw,wv->btv", h, weight, preferred_element_type=jnp.float32)
+    return scores if bias is None else scores + bias[None, None]
 
 
 def token_nll(params: dict, batch: dict, cfg: VLMConfig, hidden: jax.Array) -> jax.Array:
     """f32[b, t]: negative log-likelihood (nats) of token t given those before it; 0 where not labels, and at t = 0."""
     dtype = cfg.precision.dtype
     h = decoder.final_norm(params["decoder"], hidden, cfg.decoder).astype(dtype)
-    weight = decoder.head(params["decoder"], cfg.decoder, dtype)
+    weight, bias = (
+        decoder.head(params["decoder"], cfg.decoder, dtype),
+        decoder.head_bias(params["decoder"], cfg.decoder),
+    )
     # position t - 1 predicts token t; what rolls from the front to the end is nobody's target
     supervised = batch["labels"] & (jnp.arange(h.shape[1]) > 0)[None]
-    nll = loss.token_nll(h, weight, jnp.roll(batch["tokens"], -1, axis=1), jnp.roll(supervised, -1, axis=1))
+    nll = loss.token_nll(h, weight, jnp.roll(batch["tokens"], -1, axis=1), jnp.roll(supervised, -1, axis=1), bias)
     return jnp.roll(nll, 1, axis=1)

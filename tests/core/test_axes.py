@@ -1,11 +1,17 @@
 """The mesh, the rule table, and the one rule for dimensions that do not divide."""
 
+import dataclasses
+import math
+
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from coincide_jax.core import axes, precision
 from coincide_jax.core.errors import UserError
+from coincide_jax.models import layers, text, vision, vlm
+from configs import llava15
 
 
 def test_mesh_shape():
@@ -58,28 +64,35 @@ def test_use_gathers_over_data_and_casts():
         assert gradient.sharding == weight.sharding
 
 
-class Device:
-    """A stand-in for `jax.Device`."""
-
-    def __init__(self, platform: str, compute_capability: str = ""):
-        self.platform, self.compute_capability = platform, compute_capability
-
-
-@pytest.mark.parametrize(
-    ("device", "expected"),
-    [
-        (Device("cpu"), "float32"),
-        (Device("tpu"), "bfloat16"),
-        (Device("gpu", "7.0"), "float32"),
-        (Device("gpu", "8.0"), "bfloat16"),
-        (Device("gpu", "12.0"), "bfloat16"),
-    ],
-)
-def test_precision_by_device(device, expected):
-    assert precision.choose("auto", device).compute == expected
-    assert precision.choose("bfloat16", device).compute == "bfloat16"
+def whole(tree, mesh) -> float:
+    """Share of a model's parameters that every device holds."""
+    leaves = jax.tree.leaves(tree, is_leaf=layers.is_leaf)
+    alone = sum(math.prod(leaf.shape) for leaf in leaves if not any(axes.spec(leaf.axes, leaf.shape, mesh)))
+    return alone / sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def test_precision_unknown():
-    with pytest.raises(UserError, match="did you mean 'float32'"):
-        precision.choose("float23")
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4)])
+def test_hardly_anything_is_held_by_every_device(shape):
+    mesh = AbstractMesh(shape, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    config = llava15.get_config()
+    cfg = vlm.VLMConfig.tiny(config.model, 336, 32000, precision.Precision("float32"))
+    assert whole(vlm.abstract(cfg), mesh) < 0.02
+    dino = dataclasses.replace(
+        cfg.vision,
+        family="dinov2",
+        image_size=518,
+        pre_norm=False,
+        closing_norm=True,
+        layer_scale=True,
+        patch_bias=True,
+    )
+    assert whole(vision.abstract(dino), mesh) < 0.02
+    siglip = dataclasses.replace(
+        cfg.vision, family="siglip", image_size=384, width=1152, depth=26, mlp=4304, class_token=False, pre_norm=False,
+        patch_bias=True,
+    )  # fmt: skip
+    assert whole(vision.abstract(siglip), mesh) < 0.02
+    minilm = text.TextConfig("bert", 30522, 384, 6, 12, 1536, 512, 2, "gelu", 1e-12, 0, 0)
+    assert whole(text.abstract(minilm), mesh) < 0.02
+    clip_text = text.TextConfig("clip", 49408, 768, 12, 12, 3072, 77, 0, "quick_gelu", 1e-5, 49407, 768)
+    assert whole(text.abstract(clip_text), mesh) < 0.02

@@ -35,7 +35,14 @@ def made(tmp_path_factory):
         settings = keys.dataset.copy_and_resolve_references()
         settings.update(changes)
         return dataset.Dataset.open(
-            split, part, tokenizer_path=out / "tokenizer.json", settings=settings, image_size=48, image_tokens=16
+            split,
+            part,
+            tokenizer_path=out / "tokenizer.json",
+            settings=settings,
+            image_size=48,
+            image_tokens=16,
+            template=settings.template,
+            mean=(0.5, 0.5, 0.5),
         )
 
     return types.SimpleNamespace(

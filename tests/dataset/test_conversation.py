@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
 
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import conversation, source, tokenizer
@@ -34,25 +35,66 @@ def words(turns):
     return tokenizer.train((t for pair in turns for t in conversation.render(*pair, SYSTEM)), 1024)
 
 
-def arithmetic(words, turns, has_image, template, image_tokens):
-    """LLaVA's masking by arithmetic on the joined string (for a tokenizer whose BOS stands outside the text)."""
-    end = conversation.TERMINATORS[template]
+@pytest.fixture(scope="module")
+def llama(turns):
+    """A tokenizer made as Llama's is: sentencepiece's blanks, bytes for what is not known."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|endoftext|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    made.train_from_iterator((t for pair in turns for t in conversation.render(*pair, SYSTEM)), trainer)
+    table = json.loads(made.to_str())
+    table["added_tokens"] = [t for t in table["added_tokens"] if not t["content"].startswith("<0x")]
+    table["pre_tokenizer"]["split"] = False
+    made = tokenizers.Tokenizer.from_str(json.dumps(table))
+    made.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+         tokenizers.decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return tokenizer.Tokenizer(made)
+
+
+def random_conversations(count: int):
+    """(turns, has image) of random words, signs and line breaks."""
+    rng = np.random.default_rng(5)
+    alphabet = ["cat", "Dog", "3.14", "é", "🐶", "(x)", "USER", "it's", "a\nb", "two  blanks", "…", "ASSISTANT", "%"]
+
+    def say() -> str:
+        drawn = rng.choice(alphabet, rng.integers(1, 9))
+        return " ".join(drawn)
+
+    for _ in range(count):
+        yield tuple((say(), say()) for _ in range(rng.integers(1, 5))), bool(rng.random() < 0.7)
+
+
+def joined(turns, has_image, template) -> str:
+    """The string that LLaVA's code makes of a conversation."""
     string = SYSTEM + " "
     for number, (question, answer) in enumerate(turns):
         mark = "<image>\n" if has_image and number == 0 else ""
-        string += f"USER: {mark}{question} ASSISTANT: {answer}{end}"
+        string += f"USER: {mark}{question} ASSISTANT: {answer}{conversation.TERMINATORS[template]}"
+    return string
 
-    def count(text):
+
+def arithmetic(words, turns, has_image, template, image_tokens):
+    """LLaVA's masking by arithmetic on the joined string: rounds are counted one by one, and a round's instruction with
+    the blank behind "ASSISTANT:", which is taken off again. A round after the first is counted as text that goes on
+    (what the published code takes off as its "- 1" for tokenizers that are not legacy)."""
+    end, string = conversation.TERMINATORS[template], joined(turns, has_image, template)
+
+    def count(text, first):
         parts = text.split("<image>")
-        return sum(len(words.encode(part)) for part in parts) + image_tokens * (len(parts) - 1)
+        lengths = [len(words.encode(part, continued=not (first or number))) for number, part in enumerate(parts)]
+        return sum(lengths) + image_tokens * (len(parts) - 1)
 
-    mask, cur = [False], 1
-    for part in string.split(end):
+    begin = words.bos_id is not None  # Llama's BOS is masked; StableLM has none
+    mask, cur = [False] * begin, int(begin)
+    for number, part in enumerate(string.split(end)):
         if not part:
             break
         asked = part.split(" ASSISTANT: ")
         assert len(asked) == 2
-        instruction, whole = count(asked[0] + " ASSISTANT: ") - 1, count(part) + 1
+        instruction, whole = count(asked[0] + " ASSISTANT: ", number == 0) - 1, count(part, number == 0) + 1
         mask += [False] * instruction + [True] * (whole - instruction)
         cur += whole
     assert cur == len(mask)
@@ -69,6 +111,37 @@ def test_labels_equal_the_arithmetic(turns, words, template):
         assert made.encode(said, has_image).labels.tolist() == arithmetic(words, said, has_image, template, 16)
         compared += 1
     assert compared > 150
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "phi"])
+@pytest.mark.parametrize("kind", ["words", "llama", "no bos"])
+def test_labels_of_random_conversations(template, kind, words, llama):
+    """300 of them, with byte-level tokens, Llama's, and StableLM's missing BOS."""
+    coder = llama if kind == "llama" else words
+    if kind == "no bos":
+        coder = tokenizer.Tokenizer(tokenizers.Tokenizer.from_str(words.backend.to_str()))
+        coder.bos_id = None
+    made = conversation.Template(template, coder, SYSTEM, 16, 4096)
+    for said, has_image in random_conversations(300):
+        encoded = made.encode(said, has_image)
+        assert encoded.labels.tolist() == arithmetic(coder, said, has_image, template, 16)
+        assert (encoded.tokens[0] == coder.bos_id) == (kind != "no bos")
+
+
+def test_pieces_are_the_string_as_llama_tokenises_it(llama):
+    """Token by token: before and after the image, through the terminators, which are followed by no blank."""
+    whole = tokenizers.Tokenizer.from_str(llama.backend.to_str())
+    whole.encode_special_tokens = False
+    made = conversation.Template("vicuna_v1", llama, SYSTEM, 16, 4096)
+    for said, has_image in random_conversations(100):
+        before, _, after = joined(said, has_image, "vicuna_v1").partition("<image>")
+        expected = [llama.bos_id, *whole.encode(before, add_special_tokens=False).ids]
+        if has_image:
+            expected += [0] * 16 + whole.encode(after, add_special_tokens=False).ids
+        assert made.encode(said, has_image).tokens.tolist() == expected
+    plain = made.encode((("What?", "A cat."),), True)
+    for place in (plain.image_start - 1, plain.image_start + 16):
+        assert llama.backend.id_to_token(int(plain.tokens[place])).startswith("▁")
 
 
 def test_the_sequence_says_what_the_template_says(words):

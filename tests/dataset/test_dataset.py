@@ -99,7 +99,7 @@ def test_base_records_and_target_take_no_share(own):
     settings = config.dataset
     opened = dataset.Dataset.open(
         split, "base_records", tokenizer_path=tmp_path / "out" / "tokenizer.json", settings=settings,
-        image_size=8, image_tokens=4,
+        image_size=8, image_tokens=4, template="vicuna_v1", mean=(0.5, 0.5, 0.5),
     )  # fmt: skip
     assert [record.id for record in opened.records if record] == ["b3"]
     config.dataset.base_records = ""
@@ -139,7 +139,7 @@ def test_limit(own):
     assert max(i for part in ("pool", "dev", "heldout", "base") for i in split[part]) == 29
     opened = dataset.Dataset.open(
         split, "records", tokenizer_path=tmp_path / "out" / "tokenizer.json", settings=config.dataset,
-        image_size=8, image_tokens=4,
+        image_size=8, image_tokens=4, template="vicuna_v1", mean=(0.5, 0.5, 0.5),
     )  # fmt: skip
     assert len(opened.records) == 30
 

@@ -95,3 +95,37 @@ def test_half_precision_products_and_float32_losses():
     assert [array.dtype for array in found] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.asarray(found[2], np.float32), wanted[2], rtol=0.03, atol=0.05)
+
+
+@pytest.mark.parametrize("model_parallel", [0, 2])
+def test_a_head_with_bias(model_parallel, monkeypatch):
+    """Phi's; without a mesh and with the vocabulary shared."""
+    monkeypatch.setattr(loss, "CHUNK_POSITIONS", 24)
+    arrays = drawn(0.6)
+    bias = np.random.default_rng(6).normal(size=VOCAB).astype(np.float32)
+
+    def total(hidden, head, bias, targets, mask):
+        return jnp.sum(loss.token_nll(hidden, head, targets, mask, bias))
+
+    def plain_total(hidden, head, bias, targets, mask):
+        one = jnp.ones_like(hidden[..., :1])  # a column of ones, whose row of the head is the bias
+        whole = jnp.concatenate([hidden, one], axis=2), jnp.concatenate([head, bias[None]])
+        return jnp.sum(plain(*whole, targets, mask))
+
+    hidden, head, targets, mask = arrays
+    inputs = (hidden, head, bias, targets, mask)
+    wanted = jax.device_get(jax.jit(jax.value_and_grad(plain_total, argnums=(0, 1, 2)))(*inputs))
+    step = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    if model_parallel:
+        mesh = axes.make_mesh(model_parallel)
+        with jax.set_mesh(mesh):
+            rows = axes.put_batch({"hidden": hidden, "targets": targets, "mask": mask}, mesh)
+            head, bias = (
+                jax.device_put(part, axes.sharding(mesh, names, part.shape))
+                for part, names in ((head, ("width", "vocab")), (bias, ("vocab",)))
+            )
+            found = jax.device_get(step(rows["hidden"], head, bias, rows["targets"], rows["mask"]))
+    else:
+        found = jax.device_get(step(*inputs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+    assert np.abs(wanted[1][2]).max() > 0.5

@@ -199,7 +199,7 @@ def test_sizes_that_do_not_divide(part, key, value, message):
 def test_every_config_field_is_read_and_has_no_default():
     folder = pathlib.Path(coincide_jax.models.__file__).parent
     read = set()
-    for name in ("layers.py", "vision.py", "decoder.py", "vlm.py", "generate.py", "lora.py"):
+    for name in ("layers.py", "vision.py", "decoder.py", "vlm.py", "generate.py", "lora.py", "rope.py"):
         tree = ast.parse((folder / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -1,0 +1,212 @@
+"""Memory of the training stage before it starts: counted from the config alone, for devices that need not be here.
+
+Per device, with D devices on the mesh axis 'data' and P on 'model' (`device.model_parallel`), n = rows · T tokens of
+one micro-batch on a device (rows = micro_batch / D, T = dataset.max_length), c bytes of the compute type. Leaves are
+counted one by one as the rule table of `core/axes.py` shares them.
+
+    parameters   'full': 4 B each, twice: the start is kept beside the trained copy.
+                 'lora': the frozen base c B each; projector c B + 4 B (start and trained copy), adapters 4 B.
+    gradients    4 B per trained parameter, twice: the sum over micro-batches, and the micro-batch being added.
+    optimizer    8 B per trained parameter: AdamW's two moments, float32.
+    activations  kept for the backward pass, and the largest working set beside it (block, head or vision):
+                 kept    remat: c · n · w for every decoder layer (the residual stream at its entry); else all that a
+                         block saves, saved + 4 B · (n · w · 4 + scores · 2). In mode 'full' the vision tower's, too.
+                 saved   c · n · (6 w + 2 a + 2 kv + 4 m): w model width, a heads · head_dim, kv kv_heads · head_dim,
+                         m MLP columns (3 m without a gate), all but w divided by P.
+                 scores  rows · heads / P · T · t of the attention, t = T or, in long sequences, QUERY_BLOCK, whose
+                         scores are not saved but made again; cuDNN's attention holds fewer.
+                 block   one decoder block recomputed and differentiated: saved + c · n · (4 m + 4 w + 2 a) + 4 B ·
+                         (n · w · 3 + scores · 2); with LoRA dropout (3 c + 1) · n for the columns of every target's
+                         input (random bits, mask, result); the layer's weights, gathered and cast, c B each (twice in
+                         mode 'full').
+                 head    closing norm and loss: n · w · (2 · 4 + 4 c); the head's weights, c B each (and twice 4 B in
+                         mode 'full'); 3 · 4 B · CHUNK_POSITIONS · vocab / P of logits.
+                 vision  pixels, and one block of the tower forward.
+    batch        (steps in flight + 1) · batch / D rows: T · 6 B, and 3 B a pixel.
+
+Not counted: the runtime's own few hundred MB, and what XLA keeps beyond these sets by its choice of order.
+"""
+
+import math
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from coincide_jax.core import axes
+from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.core.precision import Precision, choose
+from coincide_jax.models import hf, lora, loss, vlm
+from coincide_jax.models.layers import QUERY_BLOCK, WHOLE_UP_TO, Leaf, is_leaf
+from coincide_jax.models.vlm import VLMConfig
+
+KINDS = {  # accelerator → compute type of `device.precision=auto`
+    **dict.fromkeys(("V100", "T4"), "float16"),
+    **dict.fromkeys(("A10", "A100", "A6000", "L4", "L40S", "RTX3090", "RTX4090", "H100", "H200", "B200"), "bfloat16"),
+    **dict.fromkeys(("TPUv3", "TPUv4", "TPUv5e", "TPUv5p", "TPUv6e"), "bfloat16"),
+    "CPU": "float32",
+}
+DEFAULT_SHARE = 0.75  # of a GPU's memory that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)
+LARGEST_SHARE = 0.92
+STEPS_IN_FLIGHT = 3  # of which batches lie on the device
+GB = 1e9
+
+
+class Devices(NamedTuple):
+    """`count` accelerators of `kind` with `bytes` of memory each."""
+
+    count: int
+    kind: str
+    bytes: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Devices":
+        """Reads '4xV100-32GB'.
+
+        Raises:
+          UserError: another form, or a kind that is not among `KINDS`.
+        """
+        found = re.fullmatch(r"(\d+)x([A-Za-z0-9]+)-(\d+(?:\.\d+)?)GB", text.strip())
+        if not found or int(found[1]) < 1:
+            raise UserError(
+                f"--plan: '{text}' is no device description; expected COUNTxKIND-MEMORYGB as in 4xV100-32GB"
+            )
+        if found[2] not in KINDS:
+            raise unknown("accelerator in --plan", found[2], KINDS)
+        return cls(int(found[1]), found[2], float(found[3]) * GB)
+
+
+class Memory(NamedTuple):
+    """Bytes on each device, by part (see the module's docstring)."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    batch: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return sum(self)
+
+
+def model_config(config, precision: Precision) -> VLMConfig:
+    """The target's sizes: from its folder when that exists, else from `config.model`.
+
+    Raises:
+      UserError: a folder of another kind of model.
+    """
+    folder = pathlib.Path(config.target.path)
+    if config.target.path and folder.exists():
+        cfg, _ = hf.describe(folder, precision.compute)
+        if not isinstance(cfg, VLMConfig):
+            raise UserError(f"target.path: {folder} holds no vision-language model")
+        return cfg
+    return VLMConfig.tiny(config.model, config.dataset.image_size, config.dataset.vocab, precision)
+
+
+def memory(config, devices: Devices | str) -> Memory:
+    """Counts the training stage of a config on `devices`; formulas in the module's docstring.
+
+    Raises:
+      UserError: devices that do not divide as the config wants, or are not understood.
+    """
+    devices = Devices.parse(devices) if isinstance(devices, str) else devices
+    named = config.device.precision
+    precision = choose(KINDS[devices.kind] if named == "auto" else named)
+    cfg, recipe = model_config(config, precision), config.train
+    wide, share = config.device.model_parallel, precision.dtype.itemsize
+    if devices.count % wide:
+        raise UserError(f"device.model_parallel is {wide}; expected a divisor of the {devices.count} devices")
+    data = devices.count // wide
+    if recipe.micro_batch % data:
+        raise UserError(
+            f"train.micro_batch is {recipe.micro_batch}; expected a multiple of the {data} devices that share its rows"
+        )
+    mesh = AbstractMesh((data, wide), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    parts = {top: elements(tree, mesh) for top, tree in vlm.abstract(cfg).items()}
+    if recipe.mode == "full":
+        trained, parameters = sum(parts.values()), 2 * 4 * sum(parts.values())
+    else:
+        adapters = elements(lora.abstract(cfg, recipe.lora.rank, recipe.lora.targets), mesh)
+        trained = adapters + parts["projector"]
+        parameters = share * sum(parts.values()) + 4 * trained
+    length, size = config.dataset.max_length, cfg.vision.image_size
+    return Memory(
+        parameters=parameters,
+        gradients=2 * 4 * trained,
+        optimizer=8 * trained,
+        activations=activations(cfg, recipe, rows=recipe.micro_batch // data, length=length, data=data, wide=wide),
+        batch=STEPS_IN_FLIGHT * recipe.batch / data * (6 * length + 3 * size**2),
+    )
+
+
+def elements(abstract: dict, mesh) -> int:
+    """Elements of a tree that one device holds."""
+
+    def held(leaf: Leaf) -> int:
+        return math.prod(axes.sharding(mesh, leaf.axes, leaf.shape).shard_shape(leaf.shape))
+
+    return sum(held(leaf) for leaf in jax.tree.leaves(abstract, is_leaf=is_leaf))
+
+
+def activations(cfg: VLMConfig, recipe, *, rows: int, length: int, data: int, wide: int) -> float:
+    """Bytes of the forward pass that a device keeps, and the largest working set beside them."""
+    text, eye, c = cfg.decoder, cfg.vision, cfg.precision.dtype.itemsize
+    tokens, full = rows * length, recipe.mode == "full"
+    width, columns = text.width, text.mlp / wide
+    queries, keys = text.heads * text.head_dim / wide, text.kv_heads * text.head_dim / wide
+    products = 3 if text.gated else 2
+    saved = c * tokens * (6 * width + 2 * queries + 2 * keys + (1 + products) * columns)
+    scores = 4 * rows * text.heads / wide * length * queries_at_once(length)
+    block = saved + c * tokens * (4 * columns + 4 * width + 2 * queries) + 3 * 4 * tokens * width
+    block += 2 * scores
+    layer = width * (2 * queries + 2 * keys + products * columns)
+    block += c * layer * (2 if full else 1)
+    if not full and recipe.lora.dropout:
+        inputs = {"wo": queries, "down": columns}
+        targets = lora.choose_targets(text, recipe.lora.targets)
+        block += (3 * c + 1) * tokens * sum(inputs.get(name, width) for name in targets)
+    head = tokens * width * (2 * 4 + 4 * c) + text.vocab / wide * width * (c + (8 if full else 0))
+    head += 3 * 4 * loss.CHUNK_POSITIONS * text.vocab / wide
+    patches = rows * (eye.tokens + eye.class_token)
+    one = c * patches * (
+        8 * eye.width + 2 * eye.mlp / wide
+    ) + 3 * 4 * rows * eye.heads / wide * patches / rows * queries_at_once(patches // rows)
+    vision = one + rows * 3 * eye.image_size**2 * (4 + 2 * c)
+    kept_scores = scores if length <= WHOLE_UP_TO else 0
+    kept = text.depth * (c * tokens * width if recipe.remat else saved + 4 * 4 * tokens * width + 2 * kept_scores)
+    if full:
+        kept += eye.depth * (c * patches * eye.width if recipe.remat else one)
+    return kept + max(block, head, vision)
+
+
+def queries_at_once(length: int) -> int:
+    """Query positions whose scores the attention holds together."""
+    return length if length <= WHOLE_UP_TO else QUERY_BLOCK
+
+
+def tell(config, descriptions: list[str]) -> str:
+    """What `--plan` prints: the parts in GB for each kind of device, and whether they fit.
+
+    Raises:
+      UserError: see `memory`.
+    """
+    here = config.target.path and pathlib.Path(config.target.path).exists()
+    sizes = config.target.path if here else "config.model"
+    lines = [f"train ({config.train.mode}) of {config.name}, sizes of {sizes}, GB on each device, by count:"]
+    for text in descriptions:
+        devices = Devices.parse(text)
+        found = memory(config, devices)
+        parts = " · ".join(f"{name} {value / GB:.1f}" for name, value in found._asdict().items())
+        if found.total <= DEFAULT_SHARE * devices.bytes:
+            verdict = "fits"
+        elif found.total <= LARGEST_SHARE * devices.bytes:
+            verdict = f"fits with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGEST_SHARE}"
+        else:
+            verdict = "does not fit: lower train.micro_batch or dataset.max_length, or take more devices"
+        lines.append(f"{text}: {parts} · total {found.total / GB:.1f} of {devices.bytes / GB:.0f}: {verdict}")
+    return "\n".join(lines)
