@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from coincide_jax import cluster
-from coincide_jax.core import artifacts
+from coincide_jax.cluster import audit, centres
+from coincide_jax.core import artifacts, store
 from coincide_jax.core.errors import UserError
 from configs import common
 
@@ -31,8 +32,7 @@ def data(tmp_path):
         (tmp_path / name).mkdir()
     split = {"records": str(tmp_path / "records.json"), "n": N, "pool": list(range(10, N))}
     (tmp_path / "dataset" / "split.json").write_text(json.dumps(split))
-    store = artifacts.create_features(tmp_path / "extract" / "features.zarr", N, WIDTH)
-    store.write(x).result()
+    store.create(tmp_path / "extract" / "features.zarr", N, WIDTH).write(0, x)
     pq.write_table(pa.table({"valid": np.arange(N) >= 10}), tmp_path / "extract" / "scores.parquet")
     return tmp_path, x
 
@@ -72,21 +72,132 @@ def test_files_and_measures(data, capsys):
     assert "mean cosine to the centroid" in capsys.readouterr().out
 
 
-def test_purity_by_hand():
-    classes, labels = np.array(["a", "a", "b", "b", "b", "c"]), np.array([0, 0, 0, 1, 1, 1])
-    assert cluster._against(classes, labels)[0] == pytest.approx((2 + 2) / 6)
-    assert cluster._against(classes, np.array([0, 0, 1, 1, 1, 2])) == pytest.approx((1.0, 1.0))
+def test_agreement_with_labels_by_hand():
+    classes, labels = ["a", "a", "b", "b", "b", None, "c"], np.array([0, 0, 0, 1, 1, 1, 1])
+    told, purity, entropy = audit.against_label(classes, labels, labels[::-1], 3)
+    assert told["records"] == 6 and told["classes"] == 3
+    assert told["purity"] == pytest.approx((2 + 2) / 6)
+    np.testing.assert_allclose(purity, [2 / 3, 2 / 3, np.nan])
+    bits = -(2 / 3) * np.log2(2 / 3) - (1 / 3) * np.log2(1 / 3)
+    np.testing.assert_allclose(entropy, [bits, bits, np.nan])
+    assert told["entropy"] == pytest.approx(bits)
+    told, _, _ = audit.against_label(["a", "a", "b", "b"], np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), 2)
+    assert (told["purity"], told["nmi"], told["entropy"]) == (1.0, pytest.approx(1.0), 0.0)
+    assert told["purity_random"] == 0.5 and told["entropy_random"] == 1.0
+    assert audit.against_label(["a", "a", None], np.zeros(3, int), np.zeros(3, int), 1) is None
 
 
-def test_bitwise_equal_on_one_and_eight_devices(data):
+def test_audit_columns_and_duplicates(data):
+    folder, x = data
+    x[20], x[30] = x[10], x[10]
+    np.save(folder / "features.npy", x)
+    run(folder, extract=False, audit={"separation": True, "duplicates": 0.999, "pairs": 500, "stability": True})
+    centroids, assignment = load(folder)
+    table = pq.read_table(folder / "out" / "audit.parquet").to_pydict()
+    quality = json.loads((folder / "out" / "quality.json").read_text())
+    rows = np.arange(10, N)
+    exact = x[rows].astype(np.float64)
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    scores = exact @ centroids.T.astype(np.float64)
+    own = scores[np.arange(len(rows)), assignment[rows]]
+    scores[np.arange(len(rows)), assignment[rows]] = -2
+    other = scores.max(axis=1)
+    silhouette = (own - other) / np.maximum(1 - own, 1 - other)
+    for k in range(len(centroids)):
+        mine = assignment[rows] == k
+        assert table["size"][k] == mine.sum() and table["cohesion"][k] == pytest.approx(own[mine].mean(), abs=1e-5)
+        assert table["separation"][k] == pytest.approx(other[mine].mean(), abs=1e-5)
+        assert table["silhouette"][k] == pytest.approx(silhouette[mine].mean(), abs=1e-4)
+    pairs = {tuple(pair[:2]) for pair in quality["duplicates"]["sampled"]}
+    assert pairs == {(10, 20), (10, 30), (20, 30)} and quality["duplicates"]["pairs"] == 3
+    assert sum(table["duplicate_pairs"]) == 3 and {"purity_task", "entropy_concept"} <= table.keys()
+    assert quality["stability"]["seed"] == 1235 and 0.3 < quality["stability"]["adjusted_rand"] <= 1
+    off = {"separation": False, "duplicates": 1.0, "pairs": 500, "stability": False}
+    run(folder, extract=False, audit=off, audit_labels=())
+    assert set(pq.read_table(folder / "out" / "audit.parquet").column_names) == {"cluster", "size", "cohesion"}
+
+
+def test_same_labels_streamed_sampled_and_in_any_product(data):
     folder, _ = data
-    files = []
-    for count, chunk in ((1, 4096), (8, 32)):
-        run(folder, count, chunk=chunk, k=15)
-        files.append(
-            [(folder / "out" / name).read_bytes() for name in ("centroids.npy", "assignment.npy", "history.json")]
-        )
-    assert files[0] == files[1]
+    run(folder, k=15)
+    whole = load(folder)
+    for keys in ({"memory_mib": 1, "chunk": 16}, {"product": "bfloat16"}, {"product": "float16", "chunk": 7}):
+        run(folder, k=15, **keys)
+        for a, b in zip(whole, load(folder), strict=True):
+            np.testing.assert_array_equal(a, b)
+    summary = run(folder, k=5, max_points_per_centroid=8)
+    _, assignment = load(folder)
+    assert summary["records"] == 230 and np.all(assignment[10:] >= 0)
+
+
+def test_centring_takes_the_common_direction_out(data, capsys):
+    folder, x = data
+    shifted = np.ones_like(x) + x / 4
+    shifted = (shifted / np.linalg.norm(shifted.astype(np.float32), axis=1, keepdims=True)).astype(np.float16)
+    np.save(folder / "features.npy", shifted)
+    raw = run(folder, extract=False)["between_centroids"]
+    assert "the features hardly differ" in capsys.readouterr().out
+    centred = run(folder, extract=False, centre=True)["between_centroids"]
+    assert raw > 0.95 > 0.3 > centred and "hardly differ" not in capsys.readouterr().out
+
+
+def test_sketch_reaches_the_objective_and_says_so(data):
+    folder, _ = data
+    exact = run(folder)
+    sketched = run(folder, mode="sketch", sketch_rank=20)
+    assert sketched["mode"] == "sketch" and sketched["sketch"]["energy"] > 0.5
+    assert sketched["within_cosine"] >= exact["within_cosine"] * (1 - 2e-3)
+    poor = run(folder, mode="sketch", sketch_rank=2)
+    assert poor["sketch"]["energy"] < 0.5 and poor["sketch"]["iterations"] == 0
+
+
+def test_an_interrupted_clustering_goes_on_to_the_same_files(data, capsys, monkeypatch):
+    folder, _ = data
+    run(folder, k=20)
+    wanted = load(folder)
+    real, calls = centres._save, []
+
+    def killed(path, state):
+        real(path, state)
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(centres, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, k=20)
+    state = (folder / "out" / "state.npz").read_bytes()
+    monkeypatch.setattr(centres, "_save", real)
+    run(folder, k=20, count=1, chunk=50)
+    assert "goes on after iteration 2" in capsys.readouterr().out
+    for a, b in zip(wanted, load(folder), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not (folder / "out" / "state.npz").exists()
+    damaged = bytearray(state)
+    damaged[len(state) // 2] ^= 1
+    for content in (bytes(damaged), state[:-100]):
+        (folder / "out" / "state.npz").write_bytes(content)
+        run(folder, k=20)
+        assert "is damaged; the clustering begins again" in capsys.readouterr().out
+
+
+def test_scattered_rows_are_read_in_parts(data, monkeypatch):
+    """Each part decodes two chunks of the store at most; rows come in the order that was asked for, twice if asked."""
+    folder, x = data
+    monkeypatch.setattr(artifacts, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(artifacts, "SHARD_ROWS", 64)
+    monkeypatch.setattr(store, "IN_WORK", 2 * 16 * WIDTH * 2)
+    writer = store.create(folder / "many.zarr", N, WIDTH)
+    for first in writer.shards:
+        writer.write(first, x[first : first + 64])
+    features, parts = store.open_features(folder / "many.zarr"), []
+    read = features._read
+    monkeypatch.setattr(features, "_read", lambda part: parts.append(part.shape) or read(part))
+    rows = np.random.default_rng(0).integers(0, N, 100)
+    np.testing.assert_array_equal(features[rows], x[rows])
+    assert len(parts) == 8 and sum(shape[0] for shape in parts) == 100
+    np.testing.assert_array_equal(features[np.arange(N) % 7 == 0], x[::7])
+    assert features[np.zeros(0, int)].shape == (0, WIDTH)
 
 
 def test_more_clusters_than_records_goes_on_with_a_warning(data, capsys):
@@ -95,17 +206,21 @@ def test_more_clusters_than_records_goes_on_with_a_warning(data, capsys):
     assert "cluster.k=1000 is above the 230 valid records" in capsys.readouterr().out
 
 
-def test_duplicates_drop_clusters_and_non_finite_values_are_zero(data, capsys):
+def test_duplicates_drop_clusters_and_a_row_that_is_not_finite_is_named(data, capsys):
     folder, x = data
     x = np.repeat(x[:4], N // 4, axis=0)
-    x[N - 1, :] = np.nan
     np.save(folder / "features.npy", x)
     summary = run(folder, extract=False, k=9)
     _, assignment = load(folder)
     assert summary["dropped"] == 5 and summary["clusters"] == 4
     assert np.all(assignment[:10] == -1)  # not in the pool
-    out = capsys.readouterr().out
-    assert "were dropped" in out and f"{WIDTH} feature values were not finite" in out
+    assert "were dropped" in capsys.readouterr().out
+    for value in (np.nan, np.inf):
+        x[5, 0], x[N - 1, 3] = value, value  # row 5 is not in the pool
+        np.save(folder / "features.npy", x)
+        for keys in ({}, {"centre": True}):
+            with pytest.raises(UserError, match=f"features.npy: row {N - 1} is not finite"):
+                run(folder, extract=False, k=9, **keys)
 
 
 def test_collapsed_features_are_told(data, capsys):
@@ -157,7 +272,7 @@ def test_wrong_input_is_one_sentence(data):
     with pytest.raises(UserError, match=f"have {N - 1} rows; expected {N}"):
         run(folder, extract=False)
     np.save(folder / "features.npy", x * np.float16(200))
-    with pytest.raises(UserError, match="expected rows of about unit length"):
+    with pytest.raises(UserError, match="expected finite rows of about unit length"):
         run(folder, extract=False)
     pq.write_table(pa.table({"valid": np.zeros(N, bool)}), folder / "extract" / "scores.parquet")
     with pytest.raises(UserError, match=f"none of the {N} records"):

@@ -49,4 +49,11 @@ def test_a_sweep_is_found_from_another_folder(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["criteria_tiny"]
+    assert done.stdout.split() == [f"{SWEEPS[0].stem}_tiny"]
+
+
+def test_rows_have_features_and_clusters_of_their_own_where_they_set_their_keys():
+    headline = {"cluster.k": 60, "select.name": "coincide"}
+    assert pipeline.own_features({"cluster.k": 60, "select.name": "random"}, headline) == ()
+    assert pipeline.own_features({"cluster.k": 30}, headline) == ("cluster",)
+    assert pipeline.own_features({"extract.num_layers": 1}, headline) == ("extract", "cluster")

@@ -1,7 +1,7 @@
-"""Files that stages leave for each other: whole or not at all, and the feature store.
+"""Files that stages leave for each other: whole or not at all; and how the feature store lies on disk.
 
-The feature store is zarr v3 written by TensorStore: float16 `[N, D]`, one shard per block of rows, crc32c on every
-chunk, no compression (features barely compress). A missing shard or a flipped bit raises; it is never read as zeros.
+It is zarr v3 written by TensorStore: float16 `[N, D]`, one shard per block of rows, crc32c on every chunk. A missing
+shard or a flipped bit raises; it is never read as zeros. `core/store.py` reads and writes it by rows.
 """
 
 import contextlib
@@ -120,7 +120,8 @@ def identity(path: pathlib.Path) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _spec(path: pathlib.Path) -> dict:
+def zarr_spec(path: pathlib.Path) -> dict:
+    """The TensorStore specification of a feature store."""
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": str(pathlib.Path(path).absolute()) + "/"},
@@ -145,7 +146,7 @@ def create_features(path: pathlib.Path, rows: int, width: int) -> ts.TensorStore
             }
         ],
     }
-    return ts.open(_spec(path) | {"metadata": metadata}, create=True, open=True).result()
+    return ts.open(zarr_spec(path) | {"metadata": metadata}, create=True, open=True).result()
 
 
 def read_features(path: pathlib.Path) -> np.ndarray:
@@ -161,7 +162,7 @@ def read_features(path: pathlib.Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r")
     else:
         try:
-            array = ts.open(_spec(path)).result().read().result()
+            array = ts.open(zarr_spec(path)).result().read().result()
         except ValueError as error:
             raise UserError(f"features {path} cannot be read: {str(error).splitlines()[0]}") from error
     if array.ndim != 2:

@@ -20,7 +20,8 @@ from coincide_jax.core import artifacts
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import say
 
-NEUTRAL = ("threads", "cache_mib", "checkpoint_every", "keep", "chunk")  # keys of speed and disk, never of a result
+# keys of speed and disk, never of a result
+NEUTRAL = ("threads", "cache_mib", "checkpoint_every", "keep", "chunk", "memory_mib", "product")
 MANIFEST, STARTED = "manifest.json", "started.json"
 RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore", "tokenizers")
 

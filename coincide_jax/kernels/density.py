@@ -1,12 +1,16 @@
-"""Density of clusters by a Gaussian kernel in float64, and transferability of centroids.
+"""Density of clusters by a Gaussian kernel, and the kernel matrices that density and greedy picks are made of.
 
 Distances come from the stored rows with explicit norms, ‖x‖² + ‖y‖² − 2x·y, not renormalised, as the authors' program
 has them. For float16 rows of about unit length every product and every partial sum is a multiple of 2^-48 below 2^5,
 so that the float64 Gram matrix of inner products is exact in any order of summation.
+
+Small clusters go in batches of equal padded size, their matrices stored; of a cluster whose matrix does not fit the
+budget only tiles and single rows are ever made (`row_sums`, `kernel_rows`).
 """
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,43 +18,58 @@ import numpy as np
 
 COMPILE_FLOP = 4e9  # extra work that is cheaper than compiling for one more size
 BATCH_BYTES = 256 << 20  # of one batch of clusters; a cluster that is larger goes alone
+WIDE = 2048  # columns that are cast up to float64 at a time
+PRECISIONS = ("float64", "float32")  # of the inner products
 
 
-def batches(sizes: np.ndarray, width: int) -> list[tuple[int, np.ndarray]]:
+def stored_limit(budget: int) -> int:
+    """Rows of the largest cluster whose kernel matrix is stored within `budget` bytes: 32 n² with its temporaries."""
+    return int((budget / 32) ** 0.5)
+
+
+def batches(sizes: np.ndarray, width: int, budget: int = BATCH_BYTES) -> list[tuple[int, np.ndarray]]:
     """Cuts clusters into batches of equal padded size: `[(padded size n, i32[B] cluster indices, -1 = none)]`.
 
     Padded sizes are 4 per octave (8, 10, 12, 14, 16, 20, …), and a size joins the next larger one in use where the
-    added work is less than a compilation's. All batches of one padded size have one shape. A batch holds `8 B (n ·
-    width + 4 n²)` bytes on the device, at most 256 MiB unless it is a single cluster.
+    added work is less than a compilation's. All batches of one padded size have one shape. A batch holds
+    `4 B n (width + 2 · min(width, 2048) + 8 n)` bytes on the device, at most `budget` unless it is a single cluster.
 
     Args:
-      sizes: i[K], all positive.
+      sizes: i[K]; clusters of 0 are in no batch.
       width: D of the features.
+      budget: bytes.
     """
     sizes = np.asarray(sizes, np.int64)
-    octave = np.floor(np.log2(np.maximum(sizes, 8))).astype(np.int64)
-    step = 1 << (octave - 2)
-    padded = -(-np.maximum(sizes, 8) // step) * step
-    used = np.unique(padded)
+    padded = np.where(sizes > 0, padded_size(sizes), 0)
+    used = np.unique(padded[padded > 0])
     for small, large in itertools.pairwise(used):
         if 2.0 * width * np.sum(padded == small) * (large**2 - small**2) < COMPILE_FLOP:
             padded[padded == small] = large
     out = []
-    for n in np.unique(padded):
+    for n in np.unique(padded[padded > 0]):
         members = np.flatnonzero(padded == n).astype(np.int32)
-        count = int(np.clip(BATCH_BYTES // (8 * n * (width + 4 * n)), 1, len(members)))
+        count = int(np.clip(budget // (4 * n * (width + 2 * min(width, WIDE) + 8 * n)), 1, len(members)))
         members = np.pad(members, (0, -len(members) % count), constant_values=-1)
         out += [(int(n), batch) for batch in members.reshape(-1, count)]
     return out
 
 
-def gram(x, sigma: float) -> jax.Array:
+def padded_size(size):
+    """The next of 8, 10, 12, 14, 16, 20, … that is not below `size`."""
+    octave = np.floor(np.log2(np.maximum(size, 8))).astype(np.int64)
+    step = 1 << (octave - 2)
+    return -(-np.maximum(size, 8) // step) * step
+
+
+def gram(x, sigma: float, precision: str = "float64") -> jax.Array:
     """Gaussian kernel matrices `exp(−‖x − y‖² / (2σ²))` of batches of rows: f[B, n, D] → float64[B, n, n].
 
-    Padding rows are rows like any other here; the callers leave them out by size.
+    `precision='float32'` takes the inner products in float32, of the rows less their mean (distances do not notice,
+    and the rounding error is then relative to the spread of the cluster, not to the length of its rows); what follows
+    is float64. Padding rows are rows like any other here; the callers leave them out by size.
     """
     with jax.enable_x64(True):
-        return _gram(x, np.float64(sigma))
+        return _gram(x, np.float64(sigma), precision)
 
 
 def density(kernel: jax.Array, sizes: np.ndarray, diagonal: bool) -> np.ndarray:
@@ -60,63 +79,95 @@ def density(kernel: jax.Array, sizes: np.ndarray, diagonal: bool) -> np.ndarray:
     distinct ones (the paper). A cluster of one has density 1; one of none has 0.
     """
     with jax.enable_x64(True):
-        sums = np.asarray(_masked_sum(kernel, np.asarray(sizes, np.int64), diagonal))
-    n = np.asarray(sizes, np.float64)
-    pairs = n * n if diagonal else n * (n - 1)
-    return np.where(n == 1, 1.0, sums / np.maximum(pairs, 1.0))
+        sums = np.asarray(_masked_sum(kernel, np.asarray(sizes, np.int64)))
+    return mean_of_pairs(sums, np.asarray(sizes, np.float64), diagonal)
 
 
-def transferability(
-    centroids: np.ndarray, *, part: str, num_layers: int, mask_above: float, block: int = 1024
-) -> np.ndarray:
-    """Mean cosine of each centroid to the others (COINCIDE eq. 5): f32[K, D] → float64[K], by blocks of rows.
+def mean_of_pairs(sums, sizes, diagonal: bool):
+    """Density from the sum of all n_i² kernel values, of which the n_i of the diagonal are 1."""
+    pairs, total = (sizes * sizes, sums) if diagonal else (sizes * (sizes - 1), sums - sizes)
+    return np.where(sizes == 1, 1.0, total / np.maximum(pairs, 1.0))
 
-    `part='text'` uses the text half of every tapped layer (layout [v_1, t_1, v_2, t_2, …]), as the authors' program
-    does. Cosines above `mask_above`, a row's own among them, are left out of sum and count; where none is left, the
-    mean of all that are left in other rows stands in, or the plain mean if there is none at all.
 
-    Raises:
-      ValueError: D is no multiple of 2 · num_layers.
+def row_sums(x, sigma: float, precision: str = "float64", block: int = 2048) -> np.ndarray:
+    """Sums of the rows of one cluster's kernel matrix, of which only one tile is held: f[n, D] → float64[n].
+
+    Memory on the device: `32 · block²` bytes and 8 · D bytes for each of `2 · block` rows. Every row is summed in the
+    order of the members, tile after tile: equal rows get equal sums, wherever the cuts fall, and so tie.
     """
-    k, width = centroids.shape
-    if part == "text":
-        if width % (2 * num_layers):
-            raise ValueError(f"features of width {width} do not split into {num_layers} layers of two halves")
-        centroids = centroids.reshape(k, num_layers, 2, -1)[:, :, 1].reshape(k, -1)
-    exact = centroids.astype(np.float64)
-    length = np.sqrt(np.sum(exact * exact, axis=1, keepdims=True))
-    unit = (exact / np.maximum(length, 1e-12)).astype(np.float32)
-    sums, counts, plain = np.zeros(k), np.zeros(k), np.zeros(k)
-    for start in range(0, k, block):
-        cosine = np.asarray(_cosines(unit[start : start + block], unit), np.float64)
-        kept = cosine <= mask_above
-        sums[start : start + block] = np.sum(np.where(kept, cosine, 0.0), axis=1)
-        counts[start : start + block] = np.sum(kept, axis=1)
-        plain[start : start + block] = np.mean(cosine, axis=1)
-    if not np.any(counts):
-        return plain
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.sum(sums) / np.sum(counts))
+    n = len(x)
+    block = min(block, int(padded_size(n)))
+    sums = np.zeros(-(-n // block) * block)
+    origin = np.asarray(x[:1], np.float32) if precision == "float32" else None
+    with jax.enable_x64(True):
+        for i, left in _blocks(x, block, origin):
+            for j, right in _blocks(x, block, origin):
+                part = _tile_sums(left, right, np.int64(min(n - j, block)), np.float64(sigma), precision)
+                sums[i : i + block] += np.asarray(part)
+    return sums[:n]
 
 
-@jax.jit
-def _gram(x, sigma):
-    x = x.astype(jnp.float64)
-    norms = jnp.sum(x * x, axis=2)
-    inner = jnp.einsum("bid,bjd->bij", x, x, precision=jax.lax.Precision.HIGHEST)
-    squares = norms[:, :, None] + norms[:, None, :] - 2.0 * inner
+def kernel_rows(x, picked: np.ndarray, sigma: float, precision: str = "float64", block: int = 2048) -> np.ndarray:
+    """The rows `picked` i[b] of one cluster's kernel matrix: f[n, D] → float64[b, n]; one pass over x, by blocks."""
+    n = len(x)
+    block = min(block, int(padded_size(n)))
+    out = np.zeros((len(picked), n))
+    origin = np.asarray(x[:1], np.float32) if precision == "float32" else None
+    left = np.asarray(x[picked])
+    left = left if origin is None else left.astype(np.float32) - origin
+    with jax.enable_x64(True):
+        left = jax.device_put(np.pad(left, ((0, -len(left) % 8), (0, 0))))
+        for j, right in _blocks(x, block, origin):
+            stop = min(j + block, n)
+            out[:, j:stop] = np.asarray(_cross(left, right, np.float64(sigma), precision))[: len(picked), : stop - j]
+    return out
+
+
+def _blocks(x, block: int, origin) -> Iterator[tuple[int, jax.Array]]:
+    """(first row, rows on the device), zero rows after the last; less `origin` if there is one."""
+    for start in range(0, len(x), block):
+        part = np.asarray(x[start : start + block])
+        part = part if origin is None else part.astype(np.float32) - origin
+        yield start, jax.device_put(np.pad(part, ((0, block - len(part)), (0, 0))))
+
+
+def _kernel(a, b, sigma, precision: str, centre: bool = False):
+    """Gaussian kernel of all pairs of rows: f[…, n, D], f[…, m, D] → f64[…, n, m].
+
+    The rows are cast up `WIDE` columns at a time, and made less the first of `a` if `centre`.
+    """
+    wide = jnp.float32 if precision == "float32" else jnp.float64
+    inner, left, right = 0.0, 0.0, 0.0
+    for begin in range(0, a.shape[-1], WIDE):
+        x, y = (part[..., begin : begin + WIDE].astype(wide) for part in (a, b))
+        if centre:
+            x, y = x - x[..., :1, :], y - x[..., :1, :]
+        inner = inner + jnp.einsum("...id,...jd->...ij", x, y, precision=jax.lax.Precision.HIGHEST)
+        left, right = left + jnp.sum(x * x, axis=-1), right + jnp.sum(y * y, axis=-1)
+    squares = left[..., :, None] + right[..., None, :] - 2.0 * inner
+    if precision == "float32":
+        squares = jnp.maximum(squares, 0.0).astype(jnp.float64)
     return jnp.exp(squares / (-2.0 * sigma**2))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _masked_sum(kernel, sizes, diagonal: bool):
-    index = jnp.arange(kernel.shape[1])
-    real = index[None, :] < sizes[:, None]
-    pairs = real[:, :, None] & real[:, None, :]
-    if not diagonal:
-        pairs = pairs & (index[:, None] != index[None, :])[None]
-    return jnp.sum(jnp.where(pairs, kernel, 0.0), axis=(1, 2))
+def _gram(x, sigma, precision: str):
+    return _kernel(x, x, sigma, precision, centre=precision == "float32")
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _cross(a, b, sigma, precision: str):
+    return _kernel(a, b, sigma, precision)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _tile_sums(a, b, columns, sigma, precision: str):
+    """Sums of the rows of one tile of a kernel matrix over its real columns: f64[b]."""
+    real = (jnp.arange(b.shape[0]) < columns)[None, :]
+    return jnp.sum(jnp.where(real, _kernel(a, b, sigma, precision), 0.0), axis=1)
 
 
 @jax.jit
-def _cosines(rows, all_rows):
-    return jnp.matmul(rows, all_rows.T, precision=jax.lax.Precision.HIGHEST)
+def _masked_sum(kernel, sizes):
+    real = jnp.arange(kernel.shape[1])[None, :] < sizes[:, None]
+    return jnp.sum(jnp.where(real[:, :, None] & real[:, None, :], kernel, 0.0), axis=(1, 2))

@@ -3,21 +3,20 @@
 A selector is `select(view: SelectionView, keys) -> Selection`; it sees features and clusters, never records.
 """
 
-import functools
 import pathlib
 
 import numpy as np
 
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, store
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
 from coincide_jax.dataset import source
 from coincide_jax.selection import coincide, random
-from coincide_jax.selection.view import Selection, SelectionView
+from coincide_jax.selection.view import Selection, SelectionView, reader
 
-__all__ = ["KEYS", "SELECTORS", "STAGE_VERSION", "Selection", "SelectionView", "run"]
+__all__ = ["KEYS", "SELECTORS", "STAGE_VERSION", "Selection", "SelectionView", "check", "run"]
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 KEYS = ("select", "extract.features", "extract.num_layers")
 SELECTORS = {
     "coincide": coincide.select,
@@ -25,29 +24,57 @@ SELECTORS = {
 }
 
 
+def check(config) -> None:
+    """Finds what the keys can get wrong before anything runs.
+
+    Raises:
+      UserError: unknown selector, fraction outside (0, 1], keys that COINCIDE does not know, features made elsewhere
+        that `extract.num_layers` does not divide.
+    """
+    keys = config.select
+    if keys.name not in SELECTORS:
+        raise unknown("selector", keys.name, SELECTORS)
+    if not 0 < keys.fraction <= 1:
+        raise UserError(f"select.fraction is {keys.fraction}; expected more than 0 and at most 1")
+    if keys.name != "coincide":
+        return
+    variant = coincide.resolve(keys)
+    if config.extract.features and variant.transfer_part == "text":
+        width = store.open_features(config.extract.features).shape[1]
+        if width % (2 * config.extract.num_layers):
+            raise UserError(
+                f"features {config.extract.features} of width {width} do not split into extract.num_layers = "
+                f"{config.extract.num_layers} layers of two halves"
+            )
+
+
 def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
     """Runs the stage; writes indices.npy, coreset.json, records.parquet and, where there are clusters,
-    clusters.parquet.
+    clusters.parquet. Without a data set (arrays made elsewhere) there is no coreset.json, and every row counts.
 
     `inputs['match']`, if there, is the folder of another selection; then this one holds exactly as many records.
 
     Raises:
       UserError: unknown selector, budget of no record or above all, what the selector raises.
     """
+    del mesh
+    check(config)
     keys = config.select
-    if keys.name not in SELECTORS:
-        raise unknown("selector", keys.name, SELECTORS)
-    split = artifacts.read_json(inputs["dataset"] / "split.json")
+    split = artifacts.read_json(inputs["dataset"] / "split.json") if "dataset" in inputs else None
     assignment = centroids = None
     if "cluster" in inputs:
-        assignment, centroids = (np.load(inputs["cluster"] / f"{name}.npy") for name in ("assignment", "centroids"))
+        assignment = np.load(inputs["cluster"] / "assignment.npy")
+        centroids = np.load(inputs["cluster"] / "centroids.npy", mmap_mode="r")
         valid = assignment >= 0
     else:
         valid = np.zeros(split["n"], bool)
         valid[split["pool"]] = True
+    features = store.open_features(pathlib.Path(config.extract.features or inputs["extract"] / "features.zarr"))
+    if len(features) != len(valid):
+        raise UserError(f"features {features.path} have {len(features)} rows; expected {len(valid)}, one a record")
     budget = _budget(keys.fraction, int(np.sum(valid)), inputs.get("match"))
     view = SelectionView(
-        features=_reader(config, inputs, len(valid)),
+        features=reader(features, (keys.cache_mib << 20) // 2),
         valid=valid,
         assignment=assignment,
         centroids=centroids,
@@ -55,9 +82,11 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         budget=budget,
     )
     chosen = SELECTORS[keys.name](view, keys)
-    records = source.load(split["records"])
-    artifacts.write_json(out / "coreset.json", [records[row] for row in np.sort(chosen.indices)])
-    columns = {"index": chosen.indices, "id": [str(records[row].get("id", "")) for row in chosen.indices]}
+    columns = {"index": chosen.indices}
+    if split is not None:
+        records = source.load(split["records"])
+        artifacts.write_json(out / "coreset.json", [records[row] for row in np.sort(chosen.indices)])
+        columns["id"] = [str(records[row].get("id", "")) for row in chosen.indices]
     summary = {"records": len(chosen.indices), "budget": budget, "shortfall": budget - len(chosen.indices)}
     if assignment is not None:
         columns["cluster"] = assignment[chosen.indices]
@@ -68,7 +97,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     artifacts.write_parquet(out / "records.parquet", columns | chosen.records)
     artifacts.write_npy(out / "indices.npy", chosen.indices)
     _tell(keys.name, summary, int(np.sum(valid)))
-    return summary
+    return summary | (chosen.summary or {})
 
 
 def _budget(fraction: float, valid: int, match: pathlib.Path | None) -> int:
@@ -78,8 +107,6 @@ def _budget(fraction: float, valid: int, match: pathlib.Path | None) -> int:
         if budget > valid:
             raise UserError(f"{match / 'indices.npy'} holds {budget} records to match; only {valid} are valid here")
         return budget
-    if not 0 < fraction <= 1:
-        raise UserError(f"select.fraction is {fraction}; expected more than 0 and at most 1")
     if int(fraction * valid) == 0:
         raise UserError(f"select.fraction {fraction} of {valid} valid records is no record; expected at least one")
     return int(fraction * valid)
@@ -90,24 +117,6 @@ def _num_layers(config, inputs: dict[str, pathlib.Path]) -> int:
     manifest = inputs["extract"] / "manifest.json" if "extract" in inputs else None
     taps = artifacts.read_json(manifest)["summary"]["taps"] if manifest and manifest.exists() else ()
     return len(taps) or config.extract.num_layers
-
-
-def _reader(config, inputs: dict[str, pathlib.Path], total: int):
-    """Rows of the features, read at the first call; non-finite values count as 0, as they did in clustering."""
-
-    @functools.cache
-    def whole() -> np.ndarray:
-        path = pathlib.Path(config.extract.features or inputs["extract"] / "features.zarr")
-        features = artifacts.read_features(path)
-        if len(features) != total:
-            raise UserError(f"features {path} have {len(features)} rows; expected {total}, one a record")
-        return features
-
-    def rows(indices: np.ndarray) -> np.ndarray:
-        part = whole()[indices]
-        return part if np.isfinite(part).all() else np.where(np.isfinite(part), part, 0).astype(part.dtype)
-
-    return rows
 
 
 def _tell(name: str, summary: dict, valid: int) -> None:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from coincide_jax.core.errors import UserError, unknown
-from coincide_jax.core.metrics import Progress, say
-from coincide_jax.kernels import density, kmeans, mmd
+from coincide_jax.kernels import density, kmeans, transfer
+from coincide_jax.selection import picks
 from coincide_jax.selection.view import Selection, SelectionView
 
 
@@ -33,8 +33,11 @@ CHOICES = {
     "transfer_part": ("text", "all"),
     "diagonal": ("yes", "no"),
     "allocation": ("sequential", "exact"),
+    "weights": ("both", "transfer", "density", "equal"),
     "intra": ("mmd", "nearest", "random"),
+    "gram": density.PRECISIONS,
 }
+PRESET = tuple(field.name for field in dataclasses.fields(Variant))
 
 
 def select(view: SelectionView, keys) -> Selection:
@@ -58,7 +61,7 @@ def select(view: SelectionView, keys) -> Selection:
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=[device])
     with jax.set_mesh(mesh):
         try:
-            S = density.transferability(
+            S = transfer.transferability(
                 view.centroids,
                 part=variant.transfer_part,
                 num_layers=view.num_layers,
@@ -66,23 +69,23 @@ def select(view: SelectionView, keys) -> Selection:
             )
         except ValueError as error:
             raise UserError(f"select.transfer_part=text: {error}; set extract.num_layers") from error
-        D, orders, scores = _measure(view, members, sizes, keys, variant.diagonal == "yes")
-    score = S / D
-    probability = np.exp((score - np.max(score)) / keys.tau)
-    probability = probability / np.sum(probability)
-    least = np.minimum(sizes, keys.min_per_cluster)
-    if np.sum(least) > view.budget:
-        raise UserError(
-            f"select.min_per_cluster={keys.min_per_cluster} of {len(sizes)} clusters asks for {np.sum(least)} records; "
-            f"the budget is {view.budget}"
-        )
-    allocate = sequential if variant.allocation == "sequential" else exact
-    quota = least + allocate(probability, sizes - least, view.budget - int(np.sum(least)))
+        picker = picks.Picker(view, members, sizes, keys)
+        D = picker.measure(variant.diagonal == "yes")
+        with np.errstate(divide="ignore", invalid="ignore"):  # what comes of it is told below
+            score = {"both": S / D, "transfer": S, "density": 1.0 / D, "equal": np.zeros(len(D))}[keys.weights]
+        if not np.isfinite(score).all():
+            worst = int(np.argmin(np.isfinite(score)))
+            raise UserError(
+                f"cluster {worst} has density {D[worst]:g} and transferability {S[worst]:g}, hence no share of the "
+                f"budget; a larger select.sigma than {keys.sigma:g} may help"
+            )
+        probability = np.exp((score - np.max(score)) / keys.tau)
+        probability = probability / np.sum(probability)
+        quota, whole = _allocate(variant, keys, probability, sizes, view.budget)
+        orders, scores, cost = picker.picks(quota, whole)
     visits = _visits(probability)
-    rank = np.concatenate([np.arange(quota[i]) for i in visits])
-    cluster = np.repeat(visits, quota[visits])
     return Selection(
-        np.concatenate([members[i][orders[i][: quota[i]]] for i in visits]).astype(np.int64),
+        np.concatenate([members[i][orders[i]] for i in visits]).astype(np.int64),
         {
             "transferability": S,
             "density": D,
@@ -90,7 +93,11 @@ def select(view: SelectionView, keys) -> Selection:
             "probability": probability,
             "quota": quota,
         },
-        {"rank": rank, "score": np.array([scores[i][r] for i, r in zip(cluster, rank, strict=True)], np.float64)},
+        {
+            "rank": np.concatenate([np.arange(quota[i]) for i in visits]),
+            "score": np.concatenate([scores[i] for i in visits]).astype(np.float64),
+        },
+        cost,
     )
 
 
@@ -99,35 +106,52 @@ def resolve(keys) -> Variant:
     if keys.variant not in VARIANTS:
         raise unknown("select.variant", keys.variant, VARIANTS)
     for name, choices in CHOICES.items():
-        if keys[name] not in choices and (keys[name] or name == "intra"):
+        if keys[name] not in choices and (keys[name] or name not in PRESET):
             raise unknown(f"select.{name}", keys[name], choices)
     for name in ("tau", "sigma"):
         if not keys[name] > 0:
             raise UserError(f"select.{name} is {keys[name]}; expected a positive number")
-    if keys.min_per_cluster < 0:
-        raise UserError(f"select.min_per_cluster is {keys.min_per_cluster}; expected 0 or more")
-    names = [field.name for field in dataclasses.fields(Variant)]
-    return dataclasses.replace(VARIANTS[keys.variant], **{name: keys[name] for name in names if keys[name]})
+    for name, least in (("min_per_cluster", 0), ("refine", 0), ("cache_mib", 1)):
+        if keys[name] < least:
+            raise UserError(f"select.{name} is {keys[name]}; expected {least} or more")
+    return dataclasses.replace(VARIANTS[keys.variant], **{name: keys[name] for name in PRESET if keys[name]})
 
 
-def sequential(probability: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
+def _allocate(variant: Variant, keys, probability: np.ndarray, sizes: np.ndarray, budget: int):
+    """Quotas i64[K], and bool[K]: whether a cluster is taken as it is, since it was offered more than it holds."""
+    least = np.minimum(sizes, keys.min_per_cluster)
+    if np.sum(least) > budget:
+        raise UserError(
+            f"select.min_per_cluster={keys.min_per_cluster} of {len(sizes)} clusters asks for {np.sum(least)} records; "
+            f"the budget is {budget}"
+        )
+    room, rest = sizes - least, budget - int(np.sum(least))
+    if variant.allocation == "exact":
+        return least + exact(probability, room, rest), np.zeros(len(sizes), bool)
+    quota, over = sequential(probability, room, rest)
+    return least + quota, over
+
+
+def sequential(probability: np.ndarray, sizes: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
     """Quotas i64[K] as the authors' program gives them; their sum is at most `budget` and may be below it.
 
     Clusters by falling probability (ties: larger index first); each takes `round(remaining · ratio)`, halves to even,
     at most its size; then the ratios of the later ones are normalised again. Ratios that have all vanished get
-    nothing.
+    nothing. The second result, bool[K], names the clusters that were offered more than their size: the authors' program
+    takes those as they are, without ordering them.
     """
-    quota = np.zeros(len(sizes), np.int64)
+    quota, over = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), bool)
     order = _visits(probability)
     ratio, remaining = probability[order], budget
     for position, cluster in enumerate(order):
-        quota[cluster] = min(round(remaining * ratio[position]), int(sizes[cluster]))
+        offered = round(remaining * ratio[position])
+        quota[cluster], over[cluster] = min(offered, int(sizes[cluster])), offered > sizes[cluster]
         remaining -= int(quota[cluster])
         later = np.sum(ratio[position + 1 :])
         if later <= 0 or remaining == 0:
             break
         ratio[position + 1 :] /= later
-    return quota
+    return quota, over
 
 
 def exact(probability: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
@@ -159,39 +183,3 @@ def exact(probability: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray
 def _visits(probability: np.ndarray) -> np.ndarray:
     """Clusters by falling probability, ties with the larger index first."""
     return np.argsort(probability, kind="stable")[::-1]
-
-
-def _measure(view: SelectionView, members, sizes, keys, diagonal: bool):
-    """Density float64[K], and for each cluster the order of its members and a score for each place in it.
-
-    The score is the MMD² of the picks so far (mmd), the cosine to the centroid (nearest), or 0 (random).
-    """
-    D = np.zeros(len(sizes))
-    orders, scores = [None] * len(sizes), [None] * len(sizes)
-    with Progress("select", len(sizes), "clusters") as progress:
-        for padded, batch in density.batches(sizes, view.centroids.shape[1]):
-            real = batch[batch >= 0]
-            first = view.features(members[real[0]])
-            x = np.zeros((len(batch), padded, first.shape[1]), first.dtype)
-            for place, cluster in enumerate(real):
-                x[place, : sizes[cluster]] = view.features(members[cluster])
-            counts = np.where(batch >= 0, sizes[batch], 0)
-            kernel = density.gram(x, keys.sigma)
-            D[real] = density.density(kernel, counts, diagonal)[: len(real)]
-            if keys.intra == "mmd":
-                picked, discrepancy = mmd.greedy_order(kernel, counts)
-            for place, cluster in enumerate(real):
-                n = sizes[cluster]
-                if keys.intra == "mmd":
-                    orders[cluster], scores[cluster] = picked[place, :n], discrepancy[place, :n]
-                elif keys.intra == "nearest":
-                    near = kmeans.cosines(x[place, :n], view.centroids, np.full(n, cluster))
-                    orders[cluster] = np.argsort(-near, kind="stable")
-                    scores[cluster] = near[orders[cluster]]
-                else:
-                    orders[cluster] = np.random.default_rng([keys.seed, int(cluster)]).permutation(n)
-                    scores[cluster] = np.zeros(n)
-            progress.advance(len(real))
-    if keys.intra != "mmd":
-        say("select", f"inside clusters records are picked by select.intra={keys.intra}")
-    return D, orders, scores

@@ -36,6 +36,26 @@ def test_ends_of_the_unit_interval_hit_living_arms(u):
     assert int(bandits.draw(p, jnp.float32(u))) == (17 if u == 0.0 else 9_000)
 
 
+def test_tsallis_sums_to_one_for_any_number_of_arms_and_spread_of_losses():
+    for arms, spread, eta in ((1, 1.0, 1.0), (7, 0.0, 2.0), (300, 50.0, 0.3), (10_000, 1e6, 0.01), (10_000, 0.0, 1e-3)):
+        losses = jnp.asarray(np.random.default_rng(arms).uniform(0, 1, arms) * spread + 5.0, jnp.float32)
+        alive = jnp.arange(arms) != 3
+        p = np.asarray(bandits.tsallis(losses, alive, jnp.float32(eta)), np.float64)
+        assert abs(p.sum() - 1) < 1e-5 and (p >= 0).all() and (arms <= 3 or p[3] == 0)
+        # p = 4/(eta (L − x))² with one x: 2/(eta √p) − L is the same for all arms alive
+        x = np.asarray(losses, np.float64)[np.asarray(alive)] - 2.0 / (eta * np.sqrt(p[np.asarray(alive)]))
+        np.testing.assert_allclose(x, np.median(x), rtol=1e-3, atol=1e-3 / eta)
+    np.testing.assert_array_equal(bandits.tsallis(jnp.zeros(3), jnp.zeros(3, bool), jnp.float32(1.0)), [0, 0, 0])
+
+
+def test_estimate_is_unbiased_for_the_rewards_of_the_arms():
+    rng, p, rewards = np.random.default_rng(0), np.asarray([0.7, 0.25, 0.05]), np.asarray([0.2, 0.9, 0.5])
+    arms = rng.choice(3, 3000, p=p)
+    weight = jnp.asarray(1 / p[arms], jnp.float32)
+    found = np.asarray(bandits.estimate(jnp.asarray(rewards[arms], jnp.float32), jnp.asarray(arms), weight, weight > 0))
+    np.testing.assert_allclose([found[arms == arm][0] for arm in range(3)], rewards, rtol=0.2)
+
+
 def test_same_arm_sum_gives_the_slots_of_an_arm_equal_bits():
     arms = jnp.asarray([2, 0, 2, -1, 2])
     counts = jnp.asarray([True, True, True, False, False])

@@ -1,4 +1,4 @@
-"""Density, Gram matrices and transferability against brute force in float64 NumPy."""
+"""Density and kernel matrices against brute force in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_batches_hold_each_cluster_once_and_keep_to_the_memory():
     shapes = {}
     for padded, batch in batches:
         assert np.all(sizes[batch[batch >= 0]] <= padded)
-        assert len(batch) == 1 or 8 * len(batch) * padded * (20480 + 4 * padded) <= density.BATCH_BYTES
+        assert len(batch) == 1 or len(batch) * padded * (4 * 20480 + 8 * 2048 + 32 * padded) <= density.BATCH_BYTES
         assert shapes.setdefault(padded, len(batch)) == len(batch)
     assert np.sum([padded**2 * len(batch) for padded, batch in batches]) < 1.8 * np.sum(np.maximum(sizes, 8) ** 2)
 
@@ -77,47 +77,41 @@ def test_little_data_needs_few_shapes():
     assert len({padded for padded, _ in density.batches(sizes, 960)}) <= 2
 
 
-def centroids(k=30, layers=3, h=8, seed=0) -> np.ndarray:
-    x = np.random.default_rng(seed).normal(size=(k, 2 * layers * h)) + 1.0
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
-def slow_transferability(c, part, layers, mask):
-    if part == "text":
-        h = c.shape[1] // (2 * layers)
-        c = np.concatenate([c[:, (2 * layer + 1) * h : (2 * layer + 2) * h] for layer in range(layers)], axis=1)
-    c = c.astype(np.float64)
-    out = []
-    for i in range(len(c)):
-        cosine = [c[i] @ c[j] / np.linalg.norm(c[i]) / np.linalg.norm(c[j]) for j in range(len(c))]
-        out.append(np.mean([value for value in cosine if value <= mask]))
-    return np.array(out)
-
-
-@pytest.mark.parametrize(("part", "mask"), [("text", 0.9), ("all", 2.0), ("text", 0.5)])
-def test_transferability_equals_the_formula(part, mask):
-    c = centroids()
-    expected = slow_transferability(c, part, 3, mask)
-    for block in (7, 1024):
-        found = density.transferability(c, part=part, num_layers=3, mask_above=mask, block=block)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_transferability_where_all_cosines_are_masked():
-    c = centroids(k=6)
-    c[4:] = c[0]
-    c[:3] = c[0]
-    found = density.transferability(c, part="all", num_layers=3, mask_above=0.99)
-    cosine = float(c[0] @ c[3])
-    np.testing.assert_allclose(found, np.full(6, cosine), atol=1e-6)  # nothing but row 3's pairs is left
-    same = np.repeat(c[:1], 4, axis=0)
-    np.testing.assert_allclose(density.transferability(same, part="all", num_layers=3, mask_above=0.9), 1.0, atol=1e-6)
-    with pytest.raises(ValueError, match="do not split"):
-        density.transferability(c, part="text", num_layers=5, mask_above=0.9)
-
-
 def test_runs_on_one_device_inside_a_larger_mesh():
     x = rows(10)[None]
     alone = np.asarray(density.gram(x, 1.0))
     with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
         np.testing.assert_array_equal(alone, np.asarray(density.gram(x, 1.0)))
+
+
+def test_tiles_and_rows_equal_the_stored_matrix():
+    x = rows(70, seed=5)
+    whole = brute(x)
+    for block in (8, 32, 2048):
+        np.testing.assert_allclose(density.row_sums(x, 1.0, block=block), whole.sum(axis=1), rtol=1e-13)
+        picked = np.array([69, 0, 31])
+        np.testing.assert_allclose(density.kernel_rows(x, picked, 1.0, block=block), whole[picked], rtol=1e-13)
+    sums = density.row_sums(x, 0.4)
+    assert density.mean_of_pairs(sums.sum(), 70.0, True) == pytest.approx(brute(x, 0.4).mean(), rel=1e-13)
+
+
+def test_float32_products_lose_little_of_near_duplicates():
+    """Less their mean, rows of a tight cluster keep the digits that tell them apart; as they are they do not."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60) + 0.02 * rng.normal(size=(50, 60))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    single = x.astype(np.float32)
+    norms = np.sum(single * single, axis=1)
+    plain = np.exp(-(norms[:, None] + norms[None] - 2 * single @ single.T) / 2)
+    error = np.abs(plain - brute(x)).max()
+    found = np.asarray(density.gram(x[None], 1.0, "float32"))[0]
+    assert found.dtype == np.float64 and np.abs(found - brute(x)).max() < error / 20
+    np.testing.assert_allclose(density.row_sums(x, 1.0, "float32", block=16), brute(x).sum(axis=1), rtol=1e-7)
+    np.testing.assert_allclose(density.kernel_rows(x, np.arange(3), 1.0, "float32"), brute(x)[:3], rtol=1e-7)
+
+
+def test_padded_sizes_are_four_an_octave():
+    sizes = np.arange(1, 3000)
+    padded = density.padded_size(sizes)
+    assert np.all(padded >= sizes) and np.all(padded <= np.maximum(1.25 * sizes + 1, 8))
+    assert len(np.unique(padded[(padded > 64) & (padded <= 128)])) == 4

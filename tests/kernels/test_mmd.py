@@ -75,3 +75,89 @@ def test_picks_are_closer_to_the_cluster_than_random_ones():
     rng = np.random.default_rng(0)
     others = [discrepancy(np.asarray(kernel)[0], rng.permutation(120)[:24]) for _ in range(20)]
     assert value[0, 23] < min(others)
+
+
+def test_a_limit_gives_the_first_picks():
+    x = np.stack([rows(30, seed=8), rows(30, seed=9)])
+    kernel = density.gram(x, 1.0)
+    whole, values = mmd.greedy_order(kernel, [30, 20])
+    order, first = mmd.greedy_order(kernel, [30, 20], 7)
+    np.testing.assert_array_equal(order[:, :7], whole[:, :7])
+    np.testing.assert_array_equal(first[:, :7], values[:, :7])
+    assert np.all(order[:, 7:] == -1) and np.all(first[:, 7:] == 0)
+
+
+@pytest.mark.parametrize("held", [64, 128, 1000])
+def test_picks_without_the_stored_matrix_are_the_same(held):
+    x = rows(300, seed=10, duplicates=0.2)
+    order, value = mmd.greedy_order(density.gram(x[None], 1.0), [300], 90)
+    made = []
+
+    def rows_of(picked):
+        made.append(len(picked))
+        return density.kernel_rows(x, picked, 1.0)
+
+    picks, values = mmd.greedy_picks(rows_of, density.row_sums(x, 1.0), 90, held)
+    np.testing.assert_array_equal(picks, order[0, :90])
+    np.testing.assert_allclose(values, value[0, :90], atol=1e-14)
+    # rows at hand serve later picks: half as many passes as picks, and even one panel at hand saves many
+    assert max(made) <= mmd.PANEL and len(made) < (45 if held > mmd.PANEL else 60)
+    found = mmd.discrepancies_of(rows_of, density.row_sums(x, 1.0), picks)
+    np.testing.assert_allclose(found, values, atol=1e-14)
+
+
+def swapped(kernel, picks, sweeps) -> list[int]:
+    """Swap sweeps by the formula: every place takes the member, free or its own, of least MMD²."""
+    picks = list(picks)
+    for _ in range(sweeps):
+        for place in range(len(picks)):
+            own = round(discrepancy(kernel, picks), 13)
+            trial = [
+                np.inf if c in picks else round(discrepancy(kernel, [*picks[:place], c, *picks[place + 1 :]]), 13)
+                for c in range(len(kernel))
+            ]
+            if min(trial) < own:
+                picks[place] = int(np.argmin(trial))
+    return picks
+
+
+def test_swap_sweeps_lower_the_discrepancy_as_by_the_formula():
+    sizes, quota = [40, 25, 1], [9, 5, 1]
+    x = np.zeros((3, 40, 24), np.float16)
+    for i, n in enumerate(sizes):
+        x[i, :n] = rows(n, seed=20 + i)
+    kernel = density.gram(x, 1.0)
+    order, value = mmd.greedy_order(kernel, sizes)
+    before = np.where(np.arange(10)[None] < np.array(quota)[:, None], order[:, :10], -1)
+    for sweeps in (1, 3):
+        after = mmd.refine(kernel, sizes, before, sweeps)
+        values = mmd.discrepancies(kernel, sizes, after)
+        for i, (n, m) in enumerate(zip(sizes, quota, strict=True)):
+            own = np.asarray(kernel)[i, :n, :n]
+            assert list(after[i, :m]) == swapped(own, before[i, :m], sweeps) and np.all(after[i, m:] == -1)
+            assert len(set(after[i, :m])) == m and np.all(after[i, :m] < n)
+            np.testing.assert_allclose(
+                values[i, :m], [discrepancy(own, after[i, : s + 1]) for s in range(m)], atol=1e-14
+            )
+            assert values[i, m - 1] <= value[i, m - 1] + 1e-15
+
+            def rows_of(picked, own=own):
+                return own[picked]
+
+            alone = mmd.refine_picks(rows_of, own.sum(axis=1), before[i, :m], sweeps)
+            np.testing.assert_array_equal(alone, after[i, :m])
+    # greedy picks of clusters so small cannot be bettered; those of no method can
+    first = np.where(before < 0, -1, np.arange(10)[None]).astype(np.int32)
+    start, end = (mmd.discrepancies(kernel, sizes, picks) for picks in (first, mmd.refine(kernel, sizes, first, 3)))
+    assert end[0, quota[0] - 1] < 0.9 * start[0, quota[0] - 1]
+
+
+def test_equal_rows_tie_wherever_the_tiles_are_cut():
+    half = rows(90, seed=30)
+    x = np.concatenate([half, half])  # every row once more, tiles away
+    order, _ = mmd.greedy_order(density.gram(x[None], 1.0), [180], 60)
+    for block in (32, 64, 2048):
+        sums = density.row_sums(x, 1.0, block=block)
+        np.testing.assert_array_equal(sums[:90], sums[90:])
+        picks, _ = mmd.greedy_picks(lambda picked, b=block: density.kernel_rows(x, picked, 1.0, block=b), sums, 60, 64)
+        np.testing.assert_array_equal(picks, order[0, :60])

@@ -80,6 +80,65 @@ def test_order_of_the_members_does_not_matter():
         np.testing.assert_array_equal(one, two)
 
 
+def one_round(steps, batch, *, position=None, p=(1.0, 1.0, 1.0, 1.0), rank=None, **ways):
+    """A round whose arms are drawn in the given proportions."""
+    weights = jnp.asarray(p, jnp.float32)
+
+    def probabilities(alive):
+        mass = jnp.where(alive, weights, 0.0)
+        return mass / jnp.maximum(mass.sum(), 1e-30)
+
+    member, position = plan.members(RECORDS, ARM, 4, rank), position or plan.start(4)
+    drawn = plan.draw_plan(probabilities, jax.random.key(5), member, position, 0, 10**6, steps, batch, **ways)
+    return jax.device_get(drawn)
+
+
+def test_one_arm_a_step_until_it_runs_out():
+    (drawn, _) = one_round(4, 3, per_step=True)
+    sizes, at = dict(enumerate(SIZES)), 0
+    for arms, weight in zip(drawn.arms, drawn.weight, strict=True):
+        for slot in range(3):
+            if slot and sizes[at]:
+                assert arms[slot] == at and weight[slot] == weight[slot - 1]
+            at = int(arms[slot])
+            sizes[at] -= 1
+            assert sizes[at] >= 0
+    assert any(len(set(arms)) == 1 for arms in drawn.arms.tolist())
+    assert sorted(drawn.records.ravel().tolist()) == sorted(RECORDS.tolist())
+
+
+def test_given_order_within_arms():
+    rank = np.asarray([2, 0, 1, 0, *range(8, 0, -1)])
+    (drawn, _) = one_round(6, 4, rank=rank, shuffle=False)
+    order, arms = drawn.records.ravel(), drawn.arms.ravel()
+    assert order[:12][arms[:12] == 0].tolist() == [10, 30, 40]
+    assert order[:12][arms[:12] == 3].tolist() == [97, 96, 95, 94, 93, 92, 91, 90]
+    assert order[12:][arms[12:] == 0].tolist() == [10, 30, 40]  # the same in the next epoch
+
+
+def test_replays_are_of_records_taken_before_and_use_up_nothing():
+    (drawn, position) = one_round(10, 4, replay=lambda seen: 0.5 * bandits.uniform(seen))
+    used, arm_of = set(), dict(zip(RECORDS.tolist(), ARM.tolist(), strict=True))
+    replays = 0
+    for record, arm, weight in zip(drawn.records.ravel(), drawn.arms.ravel(), drawn.weight.ravel(), strict=True):
+        assert arm_of[int(record)] == arm
+        if weight < 0:
+            assert record in used
+            replays += 1
+        else:
+            assert position.epoch > 0 or record not in used
+            used.add(record)
+    assert 10 <= replays <= 30 and int(position.cursor.sum()) + 12 * int(position.epoch) == 40 - replays
+
+
+def test_visits_that_are_due_come_first_and_exhausted_arms_are_replayed():
+    start = plan.Position(jnp.asarray([0, 1, 0, 0], jnp.int32), jnp.zeros((), jnp.int32))  # arm 1 is used up
+    due = jnp.asarray([2.0, 5.0, 9.0, 0.0])  # arm 2 has no records at all
+    (drawn, _) = one_round(2, 4, position=start, p=(0.0, 0.0, 0.0, 1.0), due=due)
+    assert drawn.arms.ravel().tolist()[:2] == [1, 0] and drawn.weight.ravel().tolist()[:2] == [-1.0, 1.0]
+    assert set(drawn.arms.ravel().tolist()[2:]) == {3}
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_same_plan_on_any_mesh(devices):
     alone, _ = rounds(2)

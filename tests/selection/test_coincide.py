@@ -16,19 +16,21 @@ from configs import common
 LAYERS, H = 3, 10
 
 
-def slow_sequential(probability, sizes, budget) -> list[int]:
-    """The authors' loop as it is described: visit, round, cap, normalise the rest."""
+def slow_sequential(probability, sizes, budget) -> tuple[list[int], set[int]]:
+    """The authors' loop as it is described: visit, round, cap, normalise the rest; and who was offered too much."""
     order = sorted(range(len(sizes)), key=lambda i: (probability[i], i), reverse=True)
     ratios, quota, remaining = [float(probability[i]) for i in order], [0] * len(sizes), budget
+    over = set()
     while order:
         cluster, ratio = order.pop(0), ratios.pop(0)
         quota[cluster] = min(round(remaining * ratio), sizes[cluster])
+        over |= {cluster} if round(remaining * ratio) > sizes[cluster] else set()
         remaining -= quota[cluster]
         total = np.sum(ratios)
         if total <= 0:
             break
         ratios = [value / total for value in ratios]
-    return quota
+    return quota, over
 
 
 @strategies.composite
@@ -47,8 +49,8 @@ def allocations(draw):
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_sequential_equals_the_slow_transcription_and_never_exceeds(case):
     probability, sizes, budget = case
-    quota = coincide.sequential(probability, sizes, budget)
-    assert list(quota) == slow_sequential(probability, sizes, budget)
+    quota, over = coincide.sequential(probability, sizes, budget)
+    assert (list(quota), set(np.flatnonzero(over))) == slow_sequential(probability, sizes, budget)
     assert quota.sum() <= budget and np.all(quota <= sizes) and np.all(quota >= 0)
 
 
@@ -71,9 +73,15 @@ def test_exact_by_hand():
 
 def test_sequential_by_hand():
     # halves round to even: round(2.5) = 2; the surplus of a full cluster goes to later ones only
-    assert list(coincide.sequential(np.array([0.5, 0.5]), np.array([9, 9]), 5)) == [3, 2]
-    assert list(coincide.sequential(np.array([0.7, 0.3]), np.array([2, 9]), 10)) == [2, 8]
-    assert list(coincide.sequential(np.array([0.7, 0.3]), np.array([9, 1]), 10)) == [7, 1]  # two short
+    cases = [
+        ([0.5, 0.5], [9, 9], 5, [3, 2], [False, False]),
+        ([0.7, 0.3], [2, 9], 10, [2, 8], [True, False]),
+        ([0.7, 0.3], [9, 1], 10, [7, 1], [False, True]),  # two short
+        ([0.7, 0.3], [7, 3], 10, [7, 3], [False, False]),  # exactly their sizes: not above
+    ]
+    for probability, sizes, budget, quota, over in cases:
+        found = coincide.sequential(np.array(probability), np.array(sizes), budget)
+        assert [list(part) for part in found] == [quota, over]
 
 
 def make_view(rows=400, k=8, fraction=0.2, seed=0, dtype=np.float16) -> SelectionView:
@@ -113,15 +121,15 @@ def slow_coincide(view, variant: coincide.Variant, tau):
         D.append(kernels[-1].mean() if variant.diagonal == "yes" else (kernels[-1].sum() - n) / (n * (n - 1)))
     weight = np.exp(S / np.array(D) / tau)
     probability, sizes = weight / weight.sum(), np.array([len(rows) for rows in members])
-    quota = (
+    quota, over = (
         slow_sequential(probability, sizes, view.budget)
         if variant.allocation == "sequential"
-        else coincide.exact(probability, sizes, view.budget)
+        else (coincide.exact(probability, sizes, view.budget), ())
     )
     picks = []
     for cluster in sorted(range(len(c)), key=lambda i: (probability[i], i), reverse=True):
-        kernel, chosen = kernels[cluster], []
-        for _ in range(quota[cluster]):
+        kernel, chosen = kernels[cluster], list(range(quota[cluster])) if cluster in over else []
+        for _ in range(quota[cluster] - len(chosen)):
             value = [
                 np.inf
                 if j in chosen
@@ -138,9 +146,9 @@ def test_whole_selection_equals_the_slow_one(name, tau):
     view = make_view()
     found = coincide.select(view, keys(variant=name, tau=tau))
     S, D, probability, quota, picks = slow_coincide(view, coincide.VARIANTS[name], tau)
-    np.testing.assert_allclose(found.clusters["transferability"], S, atol=1e-6)
+    np.testing.assert_allclose(found.clusters["transferability"], S, atol=1e-13)
     np.testing.assert_allclose(found.clusters["density"], D, rtol=1e-12)
-    np.testing.assert_allclose(found.clusters["probability"], probability, rtol=1e-4)
+    np.testing.assert_allclose(found.clusters["probability"], probability, rtol=1e-10)
     np.testing.assert_array_equal(found.clusters["quota"], quota)
     assert list(found.indices) == picks and found.indices.dtype == np.int64
     assert len(set(picks)) == len(picks) and np.all(view.valid[picks])
@@ -209,6 +217,10 @@ def test_wrong_keys_are_one_sentence():
         ({"tau": 0.0}, "select.tau is 0.0"),
         ({"sigma": -1.0}, "select.sigma is -1.0"),
         ({"min_per_cluster": 50}, "the budget is"),
+        ({"weights": "transfre"}, "did you mean 'transfer'"),
+        ({"gram": "float16"}, "unknown select.gram 'float16'"),
+        ({"refine": -1}, "select.refine is -1; expected 0 or more"),
+        ({"cache_mib": 0}, "select.cache_mib is 0; expected 1 or more"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
@@ -217,3 +229,49 @@ def test_wrong_keys_are_one_sentence():
         coincide.select(dataclasses.replace(view, num_layers=7), keys())
     with pytest.raises(UserError, match="needs clusters"):
         coincide.select(dataclasses.replace(view, assignment=None), keys())
+
+
+def test_each_criterion_alone():
+    view = make_view()
+    both = coincide.select(view, keys(allocation="exact")).clusters
+    S, D, size = both["transferability"], both["density"], len(view.centroids)
+    for weights, score in (("both", S / D), ("transfer", S), ("density", 1 / D), ("equal", np.zeros(size))):
+        found = coincide.select(view, keys(weights=weights, allocation="exact", tau=0.3)).clusters
+        np.testing.assert_allclose(found["score"], score, rtol=1e-12)
+        share = np.exp(score / 0.3)
+        np.testing.assert_allclose(found["probability"], share / share.sum(), rtol=1e-12)
+    assert np.ptp(found["probability"]) == 0
+
+
+def test_swap_sweeps_change_no_quota_and_lower_mmd():
+    view = make_view()
+    plain, swapped = (coincide.select(view, keys(refine=sweeps)) for sweeps in (0, 2))
+    np.testing.assert_array_equal(plain.clusters["quota"], swapped.clusters["quota"])
+    assert len(set(swapped.indices)) == len(swapped.indices) and np.all(view.valid[swapped.indices])
+    last = np.cumsum(plain.clusters["quota"][np.argsort(plain.clusters["probability"], kind="stable")[::-1]]) - 1
+    last = last[np.diff(last, prepend=-1) > 0]
+    assert np.all(swapped.records["score"][last] <= plain.records["score"][last] + 1e-15)
+    assert np.sum(swapped.records["score"][last] < plain.records["score"][last]) >= 2
+    small = coincide.select(view, keys(refine=2, cache_mib=1))
+    np.testing.assert_array_equal(small.indices, swapped.indices)
+
+
+def test_float32_tells_its_cost(capsys):
+    view = make_view()
+    found = coincide.select(view, keys(gram="float32"))
+    summary = found.summary
+    partial = np.sum(
+        (found.clusters["quota"] > 0) & (found.clusters["quota"] < np.bincount(view.assignment[view.valid]))
+    )
+    assert summary["gram"] == "float32" and summary["gram_audited"] == partial > 0
+    assert 0.8 < summary["gram_equal_picks"] <= 1 and 0.9 < summary["gram_mmd2_ratio"] < 1.2
+    assert "of the picks are the same" in capsys.readouterr().out
+    assert not coincide.select(view, keys()).summary
+
+
+def test_features_on_the_device_give_the_same():
+    view = make_view()
+    rows = jax.numpy.asarray(view.features(np.arange(len(view.valid))))
+    for changes in ({}, {"intra": "nearest"}, {"cache_mib": 1}):
+        here = coincide.select(dataclasses.replace(view, features=rows), keys(**changes))
+        np.testing.assert_array_equal(here.indices, coincide.select(view, keys(**changes)).indices)

@@ -1,0 +1,215 @@
+"""How good the clusters are: tight and apart, stable over seeds, pure against labels, free of near-duplicates.
+
+COINCIDE names the missing measure of its clusters as a limitation; these are computed in blocks of rows, so that memory
+does not grow with N beyond a few numbers a row. Labels are read for the audit alone, never by a selector.
+"""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from coincide_jax.core import artifacts
+from coincide_jax.core.metrics import say
+from coincide_jax.dataset import source
+from coincide_jax.kernels import kmeans
+
+COLLAPSE = 0.95  # mean cosine between centroids above which clusters tell little apart
+PAIRS = 20  # near-duplicate pairs that are listed
+BLOCK = 1024
+
+
+def measure(keys, inputs, features, rows, centroids, labels, cosine, history) -> tuple[dict, dict[str, np.ndarray]]:
+    """All measures of a clustering.
+
+    Args:
+      keys: config.cluster. inputs: folders; 'dataset' has the records with their labels.
+      features: [n, D] of the clustered records. rows: i[n] their numbers. centroids: f32[K, D].
+      labels: i32[n]. cosine: f32[n] to the own centroid. history: of the fit; empty when clusters were handed in.
+
+    Returns:
+      quality.json, and the columns of audit.parquet, one value a cluster.
+    """
+    k = len(centroids)
+    sizes = np.bincount(labels, minlength=k)
+    within = np.bincount(labels, weights=cosine, minlength=k) / np.maximum(sizes, 1)
+    quality = {
+        "within_cosine": {"overall": float(np.mean(cosine, dtype=np.float64)), "per_cluster": within.tolist()},
+        "between_centroids": between(centroids),
+        "sizes": sizes.tolist(),
+        "labels": {},
+        "seconds": {},
+    }
+    columns = {"cluster": np.arange(k), "size": sizes, "cohesion": within}
+    if keys.audit.separation and k > 1:
+        with _timed(quality, "separation"):
+            other, silhouette = separation(features, centroids, labels, cosine)
+            per = [
+                np.bincount(labels, weights=value, minlength=k) / np.maximum(sizes, 1) for value in (other, silhouette)
+            ]
+            columns |= {"separation": per[0], "silhouette": per[1]}
+            quality["separation"] = {
+                "cosine_to_the_next": float(np.mean(other)),
+                "silhouette": float(np.mean(silhouette)),
+            }
+    if keys.audit.duplicates < 1:
+        with _timed(quality, "duplicates"):
+            counts, pairs = duplicates(features, labels, k, keys.audit.duplicates, keys.audit.pairs)
+            columns["duplicate_pairs"] = counts
+            quality["duplicates"] = {
+                "threshold": keys.audit.duplicates,
+                "pairs": int(np.sum(counts)),
+                "clusters": int(np.sum(counts > 0)),
+                "sampled": [[int(rows[a]), int(rows[b]), value] for a, b, value in pairs],
+            }
+    if keys.audit.stability and history:
+        with _timed(quality, "stability"):
+            again = kmeans.fit(
+                features,
+                k,
+                seed=keys.seed + 1,
+                iterations=keys.iterations,
+                chunk=keys.chunk,
+                memory=keys.memory_mib << 20,
+                product=keys.product,
+            )
+            quality["stability"] = {
+                "seed": keys.seed + 1,
+                "adjusted_rand": float(adjusted_rand_score(labels, again.assignment)),
+                "objective": float(again.objective[-1]),
+            }
+    if "dataset" in inputs and keys.audit_labels:
+        records = source.load(artifacts.read_json(pathlib.Path(inputs["dataset"]) / "split.json")["records"])
+        shuffled = np.random.default_rng(keys.seed).permutation(labels)
+        for name in keys.audit_labels:
+            found = against_label([records[row].get(name) for row in rows], labels, shuffled, k)
+            if found:
+                quality["labels"][name], purity, entropy = found
+                columns |= {f"purity_{name}": purity, f"entropy_{name}": entropy}
+    return quality, columns
+
+
+def between(centroids: np.ndarray) -> float | None:
+    """Mean cosine of distinct centroids f32[K, D]; None of one."""
+    k = len(centroids)
+    if k < 2:
+        return None
+    total = np.sum(centroids, axis=0, dtype=np.float64)
+    own = sum(float(np.sum(centroids[i : i + BLOCK].astype(np.float64) ** 2)) for i in range(0, k, BLOCK))
+    return float((total @ total - own) / (k * (k - 1)))
+
+
+def separation(features, centroids, labels, cosine) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine of each row to the nearest other centroid f32[n], and its silhouette (a − b) / max(a, b) with the
+    distances 1 − cos to the own centroid b and to that one a (Rousseeuw 1987, with centroids in place of members)."""
+    other = np.zeros(len(labels), np.float32)
+    for start in range(0, len(labels), BLOCK):
+        x = np.asarray(features[start : start + BLOCK], np.float32)
+        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        scores = x @ centroids.T
+        scores[np.arange(len(x)), labels[start : start + BLOCK]] = -np.inf
+        other[start : start + BLOCK] = scores.max(axis=1)
+    own, away = np.maximum(1 - cosine, 0), np.maximum(1 - other, 0)
+    return other, (away - own) / np.maximum(np.maximum(own, away), 1e-6)
+
+
+def duplicates(features, labels, k: int, threshold: float, most: int) -> tuple[np.ndarray, list[tuple]]:
+    """Pairs of rows of one cluster with a cosine above the threshold: how many in each cluster i64[K], and the first
+    `PAIRS` as (row, row, cosine). Of a cluster above `most` rows only the first `most` are compared."""
+    counts, pairs = np.zeros(k, np.int64), []
+    for cluster, members in enumerate(kmeans.members(labels, k)):
+        members = members[:most]
+        if len(members) < 2:
+            continue
+        x = np.asarray(features[members], np.float32)
+        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        for start in range(0, len(x), BLOCK):
+            scores = x[start : start + BLOCK] @ x.T
+            above = np.argwhere(np.triu(scores > threshold, start + 1))
+            counts[cluster] += len(above)
+            for a, b in above[: PAIRS - len(pairs)]:
+                pairs.append((members[start + a], members[b], float(scores[a, b])))
+    return counts, pairs
+
+
+def against_label(values: list, labels, shuffled, k: int) -> tuple[dict, np.ndarray, np.ndarray] | None:
+    """Agreement with one label of the records, beside that of shuffled clusters; None when it has under two classes.
+
+    Returns:
+      {records, classes, purity, nmi, entropy and the same of shuffled clusters}; purity f64[K] and entropy f64[K]
+      (bits; NaN where no record of the cluster has the label).
+    """
+    has = np.array([value is not None for value in values], bool)
+    names = np.array([str(value) for value in values if value is not None])
+    _, classes = np.unique(names, return_inverse=True)
+    count = int(classes.max()) + 1 if len(classes) else 0
+    if count < 2:
+        return None
+    found, purity, entropy = _agreement(classes, labels[has], k)
+    random, _, _ = _agreement(classes, shuffled[has], k)
+    told = {"records": int(has.sum()), "classes": count} | found
+    return told | {f"{name}_random": value for name, value in random.items()}, purity, entropy
+
+
+def _agreement(classes: np.ndarray, labels: np.ndarray, k: int) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Purity (share of records in their cluster's most frequent class), normalised mutual information, and the mean
+    entropy of the classes in a cluster in bits, weighted by size; purity and entropy of each cluster."""
+    pairs, counts = np.unique(np.stack([labels, classes]), axis=1, return_counts=True)
+    largest, sizes = np.zeros(k, np.int64), np.bincount(labels, minlength=k)
+    np.maximum.at(largest, pairs[0], counts)
+    share = counts / sizes[pairs[0]]
+    entropy = np.bincount(pairs[0], weights=-share * np.log2(share), minlength=k) + 0.0
+    told = {
+        "purity": float(largest.sum() / len(labels)),
+        "nmi": float(normalized_mutual_info_score(classes, labels)),
+        "entropy": float(np.sum(entropy * sizes) / len(labels)),
+    }
+    none = sizes == 0
+    return told, np.where(none, np.nan, largest / np.maximum(sizes, 1)), np.where(none, np.nan, entropy)
+
+
+@contextlib.contextmanager
+def _timed(quality: dict, name: str) -> Iterator[None]:
+    """Adds the seconds of its block to quality['seconds']."""
+    begin = time.perf_counter()
+    yield
+    quality["seconds"][name] = round(time.perf_counter() - begin, 3)
+
+
+def tell(quality: dict, k: int, records: int) -> None:
+    """Says what the measures say."""
+    say(
+        "cluster",
+        f"{records} records in {k} clusters, mean cosine to the centroid {quality['within_cosine']['overall']:.4f}",
+    )
+    if quality["between_centroids"] is not None and quality["between_centroids"] > COLLAPSE:
+        say(
+            "cluster",
+            f"warning: centroids have a mean cosine of {quality['between_centroids']:.3f} to each other "
+            f"(above {COLLAPSE}); the features hardly differ and the clusters tell little apart; "
+            "cluster.centre=True takes out their common direction",
+        )
+    if "separation" in quality:
+        value = quality["separation"]
+        say(
+            "cluster",
+            f"cosine to the next centroid {value['cosine_to_the_next']:.4f}, silhouette {value['silhouette']:.3f}",
+        )
+    if "stability" in quality:
+        say("cluster", f"adjusted Rand index with another seed's clusters {quality['stability']['adjusted_rand']:.3f}")
+    if quality.get("duplicates", {}).get("pairs"):
+        value = quality["duplicates"]
+        say(
+            "cluster",
+            f"{value['pairs']} pairs with a cosine above {value['threshold']} in {value['clusters']} clusters",
+        )
+    for name, value in quality["labels"].items():
+        say(
+            "cluster",
+            f"{name} ({value['classes']} classes): purity {value['purity']:.3f} (random {value['purity_random']:.3f}), "
+            f"normalised mutual information {value['nmi']:.3f} (random {value['nmi_random']:.3f}), "
+            f"entropy {value['entropy']:.2f} bits",
+        )

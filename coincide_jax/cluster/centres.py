@@ -1,0 +1,135 @@
+"""Runs k-means for the stage: budget, start, mode, checkpoints, what is shown meanwhile."""
+
+import pathlib
+import time
+
+import numpy as np
+
+from coincide_jax.core import artifacts
+from coincide_jax.core.errors import UserError
+from coincide_jax.core.metrics import Progress, say
+from coincide_jax.core.store import Rows
+from coincide_jax.kernels import kmeans
+from coincide_jax.kernels.kmeans import sketch
+
+MODES = ("exact", "sketch")
+PRODUCTS = ("auto", "float32", "bfloat16", "float16")
+STATE = "state.npz"  # where the clustering stands; gone when the stage is complete
+POLISH = 3e-4  # share of the objective that an exact iteration after a sketch must still win
+
+
+class Centred:
+    """Features less their mean, by the interface of features: float32 rows on the grid that exact sums need."""
+
+    def __init__(self, features, block: int = 1024):
+        self.features, self.shape, self.dtype = features, features.shape, np.dtype(np.float32)
+        total = np.zeros(self.shape[1])  # exact for multiples of 2^-24, so free of order
+        for start in range(0, len(features), block):
+            part = features[start : start + block].astype(np.float64)
+            bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+            if len(bad):
+                raise kmeans.RowError(start + int(bad[0]), "is not finite")
+            total += np.sum(np.rint(part * 2.0**24), axis=0)
+        self.mean = (total / (2.0**24 * max(len(features), 1))).astype(np.float32)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows) -> np.ndarray:
+        return self.features[rows].astype(np.float32) - self.mean
+
+
+def find(keys, usable, out: pathlib.Path, mesh) -> tuple[np.ndarray, np.ndarray, dict, dict]:
+    """Clusters the usable rows.
+
+    Returns:
+      centroids f32[K, D], labels i32[n], history {name: list}, what the stage's summary tells.
+
+    Raises:
+      UserError: a key outside its range.
+    """
+    for name in ("k", "iterations", "chunk", "checkpoint_every", "sketch_rank"):
+        if keys[name] < 1:
+            raise UserError(f"cluster.{name} is {keys[name]}; expected at least 1")
+    for name in ("memory_mib", "max_points_per_centroid"):
+        if keys[name] < 0:
+            raise UserError(f"cluster.{name} is {keys[name]}; expected 0 or more")
+    k = min(keys.k, len(usable))
+    if k < keys.k:
+        say("cluster", f"warning: cluster.k={keys.k} is above the {len(usable)} valid records; going on with {k}")
+    memory, sample = keys.memory_mib << 20, usable
+    most = keys.max_points_per_centroid * k
+    if 0 < most < len(usable):
+        chosen = np.sort(np.random.default_rng(keys.seed).permutation(len(usable))[:most])
+        sample = Rows(usable, chosen)
+        say("cluster", f"centroids from {most} of {len(usable)} records (cluster.max_points_per_centroid)")
+    settings = {"seed": keys.seed, "iterations": keys.iterations, "chunk": keys.chunk, "memory": memory}
+    start, told, resume = keys.init, {}, _resume(out / STATE, len(sample), k, sample.shape[1])
+    notes = out / "sketch.json"  # a resumed run begins behind the sketch and still says what it was
+    if keys.mode == "sketch" and resume is not None and notes.exists():
+        told = artifacts.read_json(notes)
+    elif keys.mode == "sketch" and resume is None:
+        begin = time.perf_counter()
+        first, told = sketch.start(sample, k, rank=keys.sketch_rank, init=start, **settings)
+        start = start if first is None else first
+        told["seconds"] = time.perf_counter() - begin
+        artifacts.write_json(notes, told)
+        what = "too little: all iterations are exact" if first is None else f"{told['iterations']} iterations there"
+        say("cluster", f"sketch of {told['rank']} directions with {told['energy']:.1%} of the squared lengths: {what}")
+    with Progress("cluster", keys.iterations, "iterations") as progress:
+        progress.advance(0 if resume is None else len(resume.history))
+        try:
+            result = kmeans.fit(
+                sample,
+                k,
+                **settings,
+                init=start,
+                product=keys.product,
+                tolerance=POLISH if keys.mode == "sketch" else None,
+                on_iteration=lambda at: progress.advance(1, _note(at, len(sample))),
+                on_state=lambda state: _save(out / STATE, state),
+                state_every=keys.checkpoint_every,
+                resume=resume,
+            )
+        except kmeans.RowError as error:  # of the sample: named by its row among the usable ones
+            raise kmeans.RowError(error.row if sample is usable else int(chosen[error.row]), error.what) from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    labels = result.assignment
+    if sample is not usable:
+        labels, _ = kmeans.assign(usable, result.centroids, keys.chunk, memory, keys.product)
+    history = {name: getattr(result, name).tolist() for name in kmeans.HISTORY}
+    history["moved_share"] = (result.moved / len(sample)).tolist()
+    if told:
+        history["sketch"] = told
+    return result.centroids, labels, history, {"resident": result.resident} | ({"sketch": told} if told else {})
+
+
+def _note(at: dict, rows: int) -> str:
+    """What is shown of an iteration."""
+    return (
+        f"objective {at['objective']:.5f} · {at['moved'] / rows:.2%} moved · {at['empties']} empty · "
+        f"imbalance {at['imbalance']:.2f} · {at['seconds']:.2f} s"
+    )
+
+
+def _save(path: pathlib.Path, state: kmeans.State) -> None:
+    with artifacts.atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **state._asdict())
+
+
+def _resume(path: pathlib.Path, rows: int, k: int, width: int) -> kmeans.State | None:
+    """The state that an interrupted run left, if it is whole."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as held:
+            state = kmeans.State.of(held["centroids"], held["assignment"], held["history"])
+            same = state.digest == str(held["digest"])
+    except Exception:  # damaged bytes make zipfile and NumPy raise nearly anything: BadZipFile, NotImplementedError, …
+        same = False
+    if not same or state.centroids.shape != (k, width) or len(state.assignment) != rows:
+        say("cluster", f"{path} is damaged; the clustering begins again")
+        return None
+    say("cluster", f"goes on after iteration {len(state.history)}")
+    return state

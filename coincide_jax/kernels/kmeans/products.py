@@ -1,0 +1,251 @@
+"""The device side of k-means: scores in half or single precision, exact sums, centroids. Rows lie over all mesh axes.
+
+Results that the host reads are gathered to every device, so that each process of a many-host mesh can read them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from coincide_jax.kernels.kmeans.exact import GRID, SLACK
+
+AXES = ("data", "model")  # the rows of a tile are shared by all devices
+BLOCK = {4: 256, 2: 1024}  # bytes of an operand's number → contraction length of one matrix product
+LIMB = 20  # bits of the low limb; a block of rows adds at most 2^11 rows to it
+LANES = 128
+ROUNDING = 2.0**-24
+
+
+def accumulation(width: int, dtype) -> float:
+    """Bound on the relative rounding of a score: `|ŝ − s| ≤ accumulation · ‖x‖ ‖d‖` for operands taken as exact.
+
+    A sum of n products in any order errs by at most n u Σ|x_d d_d| (Higham 2002, §3.1), so a contraction in blocks by
+    (BLOCK + D/BLOCK + 2) u; doubled for devices that round towards zero or build products from halves.
+    """
+    block = BLOCK[jnp.dtype(dtype).itemsize]
+    return 2.0 * (min(block, width) + -(-width // block) + 2) * ROUNDING * 1.01
+
+
+def over_rows(function, over: str, out=None):
+    """`shard_map` of a function of whole arrays ('.') and arrays whose rows the devices share ('r')."""
+    specs = tuple(jax.P(AXES) if letter == "r" else jax.P() for letter in over)
+    return jax.shard_map(function, in_specs=specs, out_specs=jax.P() if out is None else out, check_vma=False)
+
+
+def everywhere(*values):
+    return tuple(jax.lax.all_gather(value, AXES, tiled=True) for value in values)
+
+
+def _product(x, directions):
+    """Scores f32[R, K] by blocks of the contraction."""
+    block = BLOCK[x.dtype.itemsize]
+    return sum(
+        jax.lax.dot_general(
+            x[:, begin : begin + block],
+            directions[:, begin : begin + block],
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+        for begin in range(0, x.shape[1], block)
+    )
+
+
+def _two_best(scores):
+    """First index of the largest, the largest and the second largest score of each row."""
+    index = jnp.arange(scores.shape[1], dtype=jnp.int32)[None, :]
+    top = jnp.max(scores, axis=1, keepdims=True)
+    # several times faster on CPUs than argmax, and the smallest index as well
+    best = jnp.min(jnp.where(scores == top, index, scores.shape[1]), axis=1, keepdims=True)
+    second = jnp.max(jnp.where(index == best, -jnp.inf, scores), axis=1)
+    return best[:, 0], top[:, 0], second
+
+
+@jax.jit
+def nearest(x, directions):
+    """Two best of every row of a tile: f[C, D], f[K, D] → index i32[C], best and second best score f32[C]."""
+
+    def local(x, directions):
+        return everywhere(*_two_best(_product(x.astype(directions.dtype), directions)))
+
+    return over_rows(local, "r.")(x, directions)
+
+
+@functools.partial(jax.jit, static_argnames="prefix")
+def against(x, rows, own, directions, order, prefix: int):
+    """Some rows against their own cluster and the first `prefix` others of `order`.
+
+    Args:
+      x: f[C, D] tile. rows: i32[S·B] rows within their device's part of it. own: i32[S·B] their clusters.
+      directions: f[K, D]. order: i32[K], a permutation of the clusters.
+
+    Returns:
+      i32[S·B] best other cluster; f32[S·B] its score, the second best other's, and the own cluster's.
+    """
+
+    def local(x, rows, own, directions, order):
+        x = x.at[rows].get(mode="clip").astype(directions.dtype)
+        mine = directions.at[own].get(mode="clip")
+        block = min(BLOCK[x.dtype.itemsize], x.shape[1])
+        pad = ((0, 0), (0, -x.shape[1] % block))
+        terms = jnp.pad(x.astype(jnp.float32) * mine.astype(jnp.float32), pad).reshape(len(x), -1, block)
+        # the barrier keeps the two sums apart, as the bound on their rounding has them
+        score = jnp.sum(jax.lax.optimization_barrier(jnp.sum(terms, axis=2)), axis=1)
+        chosen = order[:prefix]
+        others = directions if prefix == len(order) else directions.at[chosen].get(mode="clip")
+        names = jnp.arange(prefix, dtype=jnp.int32) if prefix == len(order) else chosen
+        scores = jnp.where(names[None, :] == own[:, None], -jnp.inf, _product(x, others))
+        best, top, second = _two_best(scores)
+        return everywhere(names.at[best].get(mode="clip"), top, second, score)
+
+    return over_rows(local, "rrr..")(x, rows, own, directions, order)
+
+
+@jax.jit
+def take(x, rows):
+    """Rows of a tile on every device: f[C, D], i32[n] → f[n, D]."""
+
+    def local(x, rows):
+        rows = rows - jax.lax.axis_index(AXES) * len(x)
+        found = x.at[rows].get(mode="clip")
+        mine = (rows >= 0) & (rows < len(x))
+        return jax.lax.psum(jnp.where(mine[:, None], found, jnp.zeros_like(found)), AXES)
+
+    return over_rows(local, "r.")(x, rows)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def add_rows(low, high, x, rows, plus, minus):
+    """Moves rows of a tile between clusters in the exact sums.
+
+    Args:
+      low, high: i32[S, K, D] limbs on each device; a sum is (low + high 2^20) 2^-24.
+      x: f[C, D]. rows: i32[S·B] within the device's part. plus, minus: i32[S·B] clusters, K = none.
+    """
+
+    def local(low, high, x, rows, plus, minus):
+        whole = jnp.round(x.at[rows].get(mode="clip").astype(jnp.float32) * GRID).astype(jnp.int32)
+        parts = whole & ((1 << LIMB) - 1), whole >> LIMB
+        low, high = (
+            limb[0].at[plus].add(part, mode="drop").at[minus].add(-part, mode="drop")
+            for limb, part in zip((low, high), parts, strict=True)
+        )
+        return (low & ((1 << LIMB) - 1))[None], (high + (low >> LIMB))[None]
+
+    return over_rows(local, "rrrrrr", jax.P(AXES))(low, high, x, rows, plus, minus)
+
+
+@jax.jit
+def total(low, high):
+    """Limbs summed over the devices: two i32[K, D]."""
+
+    def local(low, high):
+        return jax.lax.psum((low[0], high[0]), AXES)
+
+    return over_rows(local, "rr")(low, high)
+
+
+def _ordered(values):
+    """Sum over the last axis of f64[..., D] in one order on every device: 128 lanes, each in turn, then the lanes."""
+    values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % LANES)])
+    parts = values.reshape(*values.shape[:-1], -1, LANES)
+    lanes = jax.lax.fori_loop(
+        0, parts.shape[-2], lambda i, sums: sums + parts[..., i, :], jnp.zeros_like(parts[..., 0, :])
+    )
+    return jax.lax.fori_loop(0, LANES, lambda i, sums: sums + lanes[..., i], jnp.zeros_like(lanes[..., 0]))
+
+
+def _halves(values):
+    """f64 → two f64 of 24 bits each that add up to it (for values of at most 48 bits)."""
+    upper = values.astype(jnp.float32).astype(values.dtype)
+    return upper, values - upper
+
+
+def squares(values):
+    """`Σ_d v_d²` of f64[n, D] of at most 48 bits. All products are exact, so a fused multiply-add changes nothing."""
+    upper, lower = _halves(values)
+    cross, small = _ordered(upper * lower), _ordered(lower * lower)
+    return _ordered(upper * upper) + (cross + cross) + small
+
+
+@jax.jit
+def settle(low, high, centroids):
+    """Exact sums → the next centroids. Call under `jax.enable_x64(True)`.
+
+    Args:
+      low, high: i32[K, D]. centroids: f32[K, D] of this iteration.
+
+    Returns:
+      f32[K, D] unit sums (a cluster without direction keeps its centroid), f64[K] lengths of the sums, f64[K] products
+      of the sums with `centroids`.
+    """
+
+    def local(low, high, centroids):
+        sums = (low.astype(jnp.float64) + high.astype(jnp.float64) * 2.0**LIMB) / GRID
+        length = jnp.sqrt(squares(sums))[:, None]
+        upper, lower = _halves(sums)
+        wide = centroids.astype(jnp.float64)
+        dots = _ordered(upper * wide) + _ordered(lower * wide)
+        following = (sums / jnp.where(length > 0, length, 1.0)).astype(jnp.float32)
+        return jnp.where(length > 0, following, centroids), length[:, 0], dots
+
+    return over_rows(local, "...")(low, high, centroids)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def prepare(centroids, previous, dtype):
+    """What a pass over the rows multiplies with. Call under `jax.enable_x64(True)`.
+
+    Scores are taken against the centroids less their mean, which moves all scores of a row alike and makes the
+    rounding smaller where centroids share a direction.
+
+    Returns:
+      f32[K, D] and `dtype`[K, D] directions; f64[3] upper bounds: the longest direction, the largest rounding of a
+      float32 and of a `dtype` one; f64[K] how far each centroid is from the previous one.
+    """
+
+    def local(centroids, previous):
+        wide = centroids.astype(jnp.float64)
+        offset = wide - jnp.mean(wide, axis=0, keepdims=True)
+        single = offset.astype(jnp.float32)
+        fast = single.astype(dtype)
+
+        def longest(rows):
+            return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=1))) * (1 + 1e-9)
+
+        bounds = jnp.stack(
+            [longest(offset), longest(offset - single.astype(jnp.float64)), longest(offset - fast.astype(jnp.float64))]
+        )
+        moved = wide - previous.astype(jnp.float64)
+        return single, fast, bounds, jnp.sqrt(jnp.sum(moved * moved, axis=1)) * (1 + 1e-9)
+
+    return over_rows(local, "..")(centroids, previous)
+
+
+@jax.jit
+def near(x, centroids):
+    """Which centroids f32[K, D] are as good as the best of rows f[n, D], as far as float64 products can tell:
+    bool[n, K]. Call under `jax.enable_x64(True)`."""
+
+    def local(x, centroids):
+        wide = x.astype(jnp.float64)
+        scores = jnp.einsum("nd,kd->nk", wide, centroids.astype(jnp.float64), precision=jax.lax.Precision.HIGHEST)
+        slack = SLACK * x.shape[1] * jnp.sqrt(jnp.sum(wide * wide, axis=1, keepdims=True))
+        return scores >= jnp.max(scores, axis=1, keepdims=True) - slack
+
+    return over_rows(local, "..")(x, centroids)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def inspect(x, dtype):
+    """Of each row of a tile: length f64[C], rounding by the cast to `dtype` f64[C], largest magnitude f32[C] (NaN for
+    a row with one). Call under `jax.enable_x64(True)`."""
+
+    def local(x):
+        wide = x.astype(jnp.float64)
+        lost = wide - x.astype(dtype).astype(jnp.float64)
+        largest = jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
+        return everywhere(jnp.sqrt(squares(wide)), jnp.sqrt(jnp.sum(lost * lost, axis=1)) * (1 + 1e-9), largest)
+
+    return over_rows(local, "r")(x)

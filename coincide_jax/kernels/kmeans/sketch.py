@@ -1,0 +1,57 @@
+"""A start for k-means from a few principal directions of the rows: early iterations at a fraction of the cost.
+
+Lloyd runs on the rows' coordinates `[N, R]` in the R largest principal directions of a sample; its centroids, lifted
+back to D dimensions, are first centroids of the exact algorithm, whose first pass finds the same partition and whose
+update has the full means. What it saves depends on the spectrum, so the share of the squared lengths that the
+directions hold is returned, and the caller goes on exactly until the objective in D dimensions says enough.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coincide_jax.kernels import kmeans
+from coincide_jax.kernels.kmeans import tiles
+from coincide_jax.kernels.kmeans.exact import grid, unit
+
+SAMPLE, LEAST = 4, 256  # rows a direction, and at least so many
+ENOUGH = 0.5  # of the squared lengths; below it the directions say too little
+
+
+def start(features, k: int, *, rank: int, seed: int, iterations: int, chunk: int, init="random", memory: int = 0):
+    """First centroids for `kmeans.fit`.
+
+    Args:
+      features, k, seed, chunk, init, memory: as of `fit`. rank: directions R. iterations: at most so many.
+
+    Returns:
+      f32[K, D] centroids, or None when the directions hold less than `ENOUGH`; {rank, energy, iterations, objective}.
+    """
+    rows, width = features.shape
+    rank = min(rank, width, rows)
+    drawn, size = np.random.default_rng(seed).permutation(rows), max(SAMPLE * rank, LEAST)
+    x = grid(features[np.sort(drawn[:size])]).astype(np.float32)
+    values, vectors = np.linalg.eigh(x @ x.T)
+    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    basis = (x.T @ vectors) / np.sqrt(np.maximum(values, 1e-12 * values[0] if values[0] > 0 else 1.0))
+    x = grid(features[np.sort(drawn[-size:])]).astype(np.float32)  # other rows: of its own a basis holds too much
+    energy = float(np.sum((x @ basis) ** 2, dtype=np.float64) / max(np.sum(x * x, dtype=np.float64), 1e-30))
+    told = {"rank": rank, "energy": energy, "iterations": 0, "objective": None}
+    if energy < ENOUGH:
+        return None, told
+    source = tiles.Tiles(features, k, chunk, jnp.float32, memory)
+    directions = tiles.put(np.ascontiguousarray(basis.T.astype(np.float32)), source.whole)
+    project = jax.jit(
+        lambda x, d: jax.lax.dot_general(x.astype(jnp.float32), d, (((1,), (1,)), ((), ())), precision="highest"),
+        out_shardings=source.whole,
+    )
+    flat = np.empty((rows, rank), np.float32)
+    for tile, x, _ in source.read(np.ones(source.count, bool)):
+        begin, end = source.span(tile)
+        flat[begin:end] = np.asarray(project(x, directions))[: end - begin]
+    if not isinstance(init, str):
+        init = np.asarray(init, np.float32) @ basis.astype(np.float32)
+    found = kmeans.fit(flat, k, seed=seed, iterations=iterations, chunk=chunk, init=init, tolerance=1e-5)
+    lifted = found.centroids @ basis.T.astype(np.float32)
+    told |= {"iterations": found.iterations, "objective": float(found.objective[-1])}
+    return unit(lifted), told

@@ -1,0 +1,211 @@
+"""One pass over the rows: new labels, and the exact sums brought up to date.
+
+For each row a proven lower bound of `s_own − max s_other` is kept, its gap. When centroid k moves by δ_k (a chord), a
+score moves by at most ‖x‖ δ_k, so a row whose gap exceeds ‖x‖ (δ_own + max δ_other) keeps its label unseen (Hamerly
+2010, for scores instead of distances); any other row meets its own centroid anew and those others that moved far enough
+to overtake it, a prefix of the centroids sorted by δ ("drift and gap"). Fast products tell the two best apart when
+they differ by more than twice
+
+    err = ‖x‖ e_d + ‖x̃ − x‖ (r + e_d) + a (‖x‖ + ‖x̃ − x‖)(r + e_d) + 1e-14 D ‖x‖,
+
+x̃ the row and d̃ a direction (centroid less the mean) in the fast type, r the longest direction, e_d = max ‖d̃ − d‖, both
+measured, and a `products.accumulation`. Rows within it are repeated in float32 (x̃ = x, a smaller e_d), rows within
+float32's own bound in float64, and what float64 products cannot order is summed in one order on the host: the label is
+always the one that `exact` defines, whatever was skipped, on any device, with tiles of any size.
+"""
+
+import jax
+import numpy as np
+
+from coincide_jax.kernels.kmeans import exact, products
+from coincide_jax.kernels.kmeans.tiles import Tiles, put
+
+FULL = 0.5  # a tile is met as a whole when more than this share of its rows meets all centroids
+
+
+class Sweeper:
+    """Labels, gaps and sums of all rows between passes.
+
+    Attributes:
+      assignment: i32[N], -1 before the first pass. norms: f64[N]. work: share of N·K products of the last pass.
+    """
+
+    def __init__(self, tiles: Tiles, k: int, assignment: np.ndarray | None = None):
+        self.tiles, self.k = tiles, k
+        self.norms, self.lost = tiles.measure()
+        if tiles.rows * max(1.0, float(np.max(self.norms))) > 2.0**27:
+            raise ValueError(f"{tiles.rows} rows; the exact sums hold up to 2^27")
+        self.assignment = np.full(tiles.rows, -1, np.int32) if assignment is None else assignment
+        self.gap = np.full(tiles.rows, -np.inf)
+        self.order = put(np.arange(k, dtype=np.int32), tiles.whole)
+        self.limbs = None
+        self.work = 0.0
+
+    def run(self, centroids: jax.Array, previous: jax.Array | None, with_sums: bool = True) -> int:
+        """Assigns every row to `centroids` f32[K, D]; returns how many changed their cluster.
+
+        `previous`: the centroids of the last pass, of which gaps and sums are; None: nothing is known of the rows.
+        """
+        tiles, fresh = self.tiles, previous is None
+        with jax.enable_x64(True):
+            made = products.prepare(centroids, centroids if fresh else previous, tiles.dtype)
+        self.single, self.fast, (bounds, drift) = made[0], made[1], jax.device_get(made[2:])
+        self.centroids = centroids
+        self._bounds(*bounds)
+        prefix = self._reach(drift, fresh)
+        if with_sums and (fresh or self.limbs is None):
+            zeros = jax.jit(
+                lambda: jax.numpy.zeros((tiles.shards, self.k, tiles.width), np.int32), out_shardings=tiles.by_rows
+            )
+            self.limbs, fresh = (zeros(), zeros()), True
+        wanted = np.logical_or.reduceat(prefix > 0, np.arange(0, tiles.rows, tiles.chunk))
+        self.work, moved, waiting = 0.0, 0, None
+        if fresh and with_sums:
+            wanted[:] = True
+        for tile, x, fast in tiles.read(wanted):
+            calls = self._dispatch(tile, fast, prefix)
+            if waiting:
+                moved += self._finish(*waiting, fresh, with_sums)
+            waiting = tile, x, calls
+        if waiting:
+            moved += self._finish(*waiting, fresh, with_sums)
+        self.work /= tiles.rows * self.k
+        moved += int(np.sum(self.assignment < 0))
+        self.assignment[self.assignment < 0] = 0  # of length zero, or the only cluster's, and in no tile that was read
+        return moved
+
+    def _bounds(self, radius: float, single: float, fast: float) -> None:
+        """Rounding bounds f64[N] of a score: in the fast type and in float32."""
+        tiles = self.tiles
+        slack = exact.SLACK * tiles.width * self.norms
+        both = self.norms + self.lost
+        self.err_fast = (
+            1.0001
+            * (
+                self.norms * fast
+                + (radius + fast) * (self.lost + products.accumulation(tiles.width, tiles.dtype) * both)
+            )
+            + slack
+        )
+        share = single + (radius + single) * products.accumulation(tiles.width, np.float32)
+        self.err_single = 1.0001 * self.norms * share + slack
+
+    def _reach(self, drift: np.ndarray, fresh: bool) -> np.ndarray:
+        """How many of the centroids, farthest moved first, each row has to meet: i32[N]; 0 = none. Sets the gaps to
+        what is left of them if the row meets only those."""
+        labels, k = self.assignment, self.k
+        if fresh:
+            self.gap[:] = -np.inf
+            return np.where(self.norms > 0, k, 0).astype(np.int32) if k > 1 else np.zeros(len(labels), np.int32)
+        order = np.argsort(-drift, kind="stable").astype(np.int32)
+        self.order = put(order, self.tiles.whole)
+        down = drift[order]
+        own = self.norms * drift[labels]
+        others = np.where(labels == order[0], down[min(1, k - 1)], down[0])
+        left = self.gap - (own + self.norms * others) * (1 + 1e-9)
+        active = (left <= 0) & (self.norms > 0) & (k > 1)
+        rows = np.flatnonzero(active)
+        sizes = np.unique([max(8, -(-k // share)) for share in (16, 8, 4, 2)] + [k])
+        sizes = sizes[sizes <= k]
+        after = np.append(down, 0.0)  # the farthest move among those that are not met
+        rest = self.gap[rows, None] - (own[rows, None] + self.norms[rows, None] * after[sizes]) * (1 + 1e-9)
+        enough = rest > 0
+        enough[:, -1] = True
+        choice = np.argmax(enough, axis=1)
+        self.gap = left
+        self.gap[rows] = np.where(sizes[choice] == k, np.inf, rest[np.arange(len(rows)), choice])
+        prefix = np.zeros(len(labels), np.int32)
+        prefix[rows] = sizes[choice]
+        return prefix
+
+    def _dispatch(self, tile: int, fast: jax.Array, prefix: np.ndarray) -> list[tuple]:
+        """Starts the products of a tile: [(rows of the tile, places, results on the devices)]."""
+        start, stop = self.tiles.span(tile)
+        prefix, calls = prefix[start:stop], []
+        if np.sum(prefix == self.k) > FULL * (stop - start):
+            rows = np.flatnonzero(prefix > 0)
+            self.work += (stop - start) * self.k
+            return [(rows, None, products.nearest(fast, self.fast))]
+        for size in np.unique(prefix[prefix > 0]):
+            rows = np.flatnonzero(prefix == size)
+            self.work += len(rows) * int(size)
+            calls += [(rows, *call) for call in self._meet(fast, start, rows, self.fast, self.order, int(size))]
+        return calls
+
+    def _meet(self, x, start: int, rows: np.ndarray, directions, order, size: int):
+        """Calls `against` for rows of a tile; yields (places in `rows`, results)."""
+        by_rows = self.tiles.by_rows
+        for places, local in self.tiles.blocks(rows):
+            own = np.where(places >= 0, np.maximum(self.assignment[start + rows[places]], 0), 0).astype(np.int32)
+            yield places, products.against(x, put(local, by_rows), put(own, by_rows), directions, order, size)
+
+    def _finish(self, tile: int, x: jax.Array, calls: list[tuple], fresh: bool, with_sums: bool) -> int:
+        """Takes the results of a tile, decides what they leave open, moves rows between the sums."""
+        start, stop = self.tiles.span(tile)
+        before = self.assignment[start:stop].copy()
+        unsure = [self._take(start, *call, self.err_fast) for call in calls]
+        unsure = np.concatenate(unsure) if unsure else np.zeros(0, np.int64)
+        if len(unsure) and self.tiles.dtype != np.float32:
+            self.work += len(unsure) * self.k
+            every = put(np.arange(self.k, dtype=np.int32), self.tiles.whole)
+            self.gap[start + unsure] = np.inf
+            calls = [(unsure, *call) for call in self._meet(x, start, unsure, self.single, every, self.k)]
+            unsure = np.concatenate([self._take(start, *call, self.err_single) for call in calls])
+        if len(unsure):
+            self.assignment[start + unsure] = self._decide(x, unsure)
+            self.gap[start + unsure] = 0.0
+        labels = self.assignment[start:stop]
+        labels[labels < 0] = 0  # rows of length zero
+        changed = np.flatnonzero(labels != before)
+        if with_sums:
+            rows = np.arange(stop - start) if fresh else changed
+            for places, local in self.tiles.blocks(rows):
+                own = places >= 0
+                plus = np.where(own, labels[rows[places]], self.k).astype(np.int32)
+                minus = np.full_like(plus, self.k) if fresh else np.where(own, before[rows[places]], self.k)
+                lists = (put(part.astype(np.int32), self.tiles.by_rows) for part in (local, plus, minus))
+                self.limbs = products.add_rows(*self.limbs, x, *lists)
+        return len(changed)
+
+    def _take(self, start: int, rows: np.ndarray, places, found, error: np.ndarray) -> np.ndarray:
+        """Labels and gaps from one call's results; returns the rows of the tile that stay open."""
+        found = [np.asarray(value) for value in jax.device_get(found)]
+        if places is None:  # a whole tile met all centroids
+            best, top, second = (value[rows] for value in found)
+            margin = top.astype(np.float64) - second
+            label, rest = best, np.inf
+        else:
+            mine = places >= 0
+            rows = rows[places[mine]]
+            best, top, second, score = (value[mine].astype(np.float64) for value in found)
+            own = np.maximum(self.assignment[start + rows], 0)
+            stays = score >= top
+            label = np.where(stays, own, best).astype(np.int32)
+            margin = np.where(stays, score - top, top - np.maximum(score, second))
+            rest = self.gap[start + rows]
+        where = start + rows
+        margin = margin - 2.0 * error[where]
+        self.assignment[where] = label  # of a row that stays open: for now
+        self.gap[where] = np.minimum(margin, rest)
+        return rows[margin <= 0]
+
+    def _decide(self, x: jax.Array, rows: np.ndarray) -> np.ndarray:
+        """Labels i32[n] of rows of a tile by their definition."""
+        size = max(64, 1 << (len(rows) - 1).bit_length())
+        taken = products.take(
+            x, put(np.pad(rows, (0, size - len(rows)), mode="edge").astype(np.int32), self.tiles.whole)
+        )
+        if jax.devices()[0].platform == "tpu":  # no float64
+            wide = np.asarray(taken[: len(rows)])
+            return exact.decide(wide, np.linalg.norm(wide.astype(np.float64), axis=1), np.asarray(self.centroids))
+        with jax.enable_x64(True):
+            near = np.asarray(products.near(taken, self.centroids))[: len(rows)]
+        out = np.argmax(near, axis=1).astype(np.int32)
+        tied = np.flatnonzero(np.sum(near, axis=1) > 1)
+        if len(tied):
+            wide, every = np.asarray(taken), np.asarray(self.centroids)
+            for row in tied:
+                mine = np.flatnonzero(near[row])
+                sums = np.sum(wide[row].astype(np.float64) * every[mine].astype(np.float64), axis=1)
+                out[row] = mine[np.argmax(sums)]
+        return out

@@ -1,0 +1,165 @@
+"""The rows on the devices, a tile at a time: kept there when they fit, else read anew in every pass."""
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coincide_jax.kernels.kmeans import products
+from coincide_jax.kernels.kmeans.exact import LARGEST, grid
+
+CPU_MEMORY = 4 << 30  # bytes for features on CPUs, where there is no device memory to ask for
+SIZES = (128, 512)  # rows a device of one call for chosen rows
+
+
+class RowError(ValueError):
+    """A row that cannot be clustered; `row` is its number."""
+
+    def __init__(self, row: int, what: str):
+        super().__init__(f"row {row} {what}")
+        self.row, self.what = row, what
+
+
+@functools.cache
+def fast_dtype(choice: str = "auto"):
+    """The type of fast products: float16 on GPUs, bfloat16 on TPUs, on CPUs the faster of bfloat16 and float32."""
+    if choice != "auto":
+        return jnp.dtype(choice)
+    platform = jax.devices()[0].platform
+    if platform != "cpu":
+        return jnp.dtype(jnp.bfloat16 if platform == "tpu" else jnp.float16)
+    seconds = {}
+    with jax.default_device(jax.local_devices()[0]):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            x = jnp.ones((1024, 1024), dtype)
+            product = jax.jit(lambda x: jax.lax.dot(x, x.T, preferred_element_type=jnp.float32))
+            product(x).block_until_ready()
+            times = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                product(x).block_until_ready()
+                times.append(time.perf_counter() - begin)
+            seconds[dtype] = min(times)
+    return jnp.dtype(min(seconds, key=seconds.get))
+
+
+def device_memory(k: int, width: int) -> int:
+    """Bytes for features on all devices: what the devices have, less 80 bytes for each number of the centroids."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return CPU_MEMORY
+    free = 0.9 * stats["bytes_limit"] - stats.get("bytes_in_use", 0) - 80 * k * width
+    return int(max(free, stats["bytes_limit"] // 16) * jax.device_count())
+
+
+def put(array: np.ndarray, sharding) -> jax.Array:
+    """A host array that every process has, on the devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+class Tiles:
+    """`(x, fast)` of each tile of C rows: f16|f32[C, D] as stored, and the same in the type of fast products.
+
+    Attributes:
+      per: rows a device of a tile. chunk: rows of a tile over all devices, C. count: tiles. resident: kept?
+    """
+
+    def __init__(self, features, k: int, chunk: int, dtype, memory: int = 0):
+        """`memory`: bytes for features on all devices; 0 = what they have free."""
+        mesh = jax.sharding.get_mesh()
+        self.features, self.dtype, self.shards = features, jnp.dtype(dtype), mesh.size
+        self.rows, self.width = features.shape
+        self.by_rows, self.whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P(products.AXES), jax.P()))
+        stored = jnp.dtype(jnp.float16 if features.dtype == np.float16 else jnp.float32)
+        row_bytes = self.width * (stored.itemsize + (self.dtype.itemsize if stored != self.dtype else 0))
+        memory = memory or device_memory(k, self.width)
+        # a tile in work: its rows three times over (two are on their way), float64 of the first pass, scores
+        working = 3 * row_bytes + 24 * self.width + 16 * k
+        chunk = max(min(chunk, self.rows, memory // 2 // working), 1)
+        self.per = -(-chunk // self.shards)
+        self.chunk = self.per * self.shards
+        self.count = -(-self.rows // self.chunk)
+        self.resident = self.count * self.chunk * row_bytes <= memory
+        self.kept: list = [None] * self.count
+        self._same = stored == self.dtype
+        self._cast = jax.jit(lambda x: x.astype(self.dtype))
+
+    def span(self, tile: int) -> tuple[int, int]:
+        """First row of a tile and the row after its last."""
+        return tile * self.chunk, min((tile + 1) * self.chunk, self.rows)
+
+    def load(self, tile: int) -> tuple[jax.Array, jax.Array]:
+        """Reads a tile; rows after the last are zeros."""
+        first = tile * self.chunk
+        if hasattr(self.features, "on_devices"):  # rows that are made on the devices
+            x = self.features.on_devices(first, self.chunk, self.by_rows)
+        else:
+            x = jax.make_array_from_callback(
+                (self.chunk, self.width), self.by_rows, lambda at: self._read(first, at[0])
+            )
+        return x, x if self._same else self._cast(x)
+
+    def _read(self, first: int, at: slice) -> np.ndarray:
+        begin, end, _ = at.indices(self.chunk)
+        x = grid(self.features[first + begin : min(first + end, self.rows)]) if first + begin < self.rows else None
+        if x is None:
+            stored = np.float16 if self.features.dtype == np.float16 else np.float32
+            return np.zeros((end - begin, self.width), stored)
+        return np.pad(x, ((0, end - begin - len(x)), (0, 0)))
+
+    def read(self, wanted: np.ndarray) -> Iterator[tuple]:
+        """Yields (tile, x, fast) of the wanted tiles bool[count], the next one being read meanwhile."""
+        order = np.flatnonzero(wanted)
+        if self.resident:
+            for tile in order:
+                if self.kept[tile] is None:
+                    self.kept[tile] = self.load(tile)
+                yield int(tile), *self.kept[tile]
+            return
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for position, tile in enumerate(order):
+                now = ahead.result() if ahead else self.load(int(tile))
+                following = order[position + 1 : position + 2]
+                ahead = reader.submit(self.load, int(following[0])) if len(following) else None
+                yield int(tile), *now
+
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Cuts rows of a tile, i[n], into calls: (places i[S·B] in `rows` or -1, rows within their device i32[S·B])."""
+        queues = [np.flatnonzero(rows // self.per == shard) for shard in range(self.shards)]
+        begin, longest = 0, max(len(queue) for queue in queues)
+        while begin < longest:
+            size = next((size for size in SIZES if size >= longest - begin), SIZES[-1])
+            places = np.full((self.shards, size), -1)
+            for shard, queue in enumerate(queues):
+                part = queue[begin : begin + size]
+                places[shard, : len(part)] = part
+            places = places.ravel()
+            yield places, np.where(places >= 0, rows[places] % self.per, 0).astype(np.int32)
+            begin += size
+
+    def measure(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths f64[N] of the rows, and how much each loses in the cast to the fast type f64[N].
+
+        Raises:
+          RowError: a row that is not finite or holds a magnitude above 16.
+        """
+        norms, lost = np.zeros(self.rows), np.zeros(self.rows)
+        for tile, x, _ in self.read(np.ones(self.count, bool)):
+            start, stop = self.span(tile)
+            with jax.enable_x64(True):
+                length, cast, largest = jax.device_get(products.inspect(x, self.dtype))
+            largest = largest[: stop - start]
+            bad = np.flatnonzero(~(largest <= LARGEST))
+            if len(bad):
+                value = float(largest[bad[0]])
+                what = f"holds a value of magnitude {value:g}" if np.isfinite(value) else "is not finite"
+                raise RowError(start + int(bad[0]), what)
+            norms[start:stop], lost[start:stop] = length[: stop - start], cast[: stop - start]
+        return norms, lost

@@ -1,0 +1,32 @@
+"""Selects from arrays made elsewhere, the files of the authors' program included; needs no records, images or model.
+
+Command   python -m coincide_jax.main --config=configs/arrays.py --workdir=DIR --config.extract.features=tan_act.npy \\
+              --config.select.fraction=0.2 --config.select.variant=official --config.extract.num_layers=5
+          with clusters made elsewhere, both files:
+              --config.cluster.centroids=kmeans_centroids.npy --config.cluster.assignment=nearest_cent.npy
+Machine   any; memory is bounded by select.cache_mib, and by what k-means needs where it runs
+
+Reads     features [N, D], .npy (memory-mapped) or .zarr, rows of about unit length; D is cut into extract.num_layers
+          layers of an image half and a text half each: [v_1, t_1, v_2, t_2, …]
+Writes    select/indices.npy      int64 [M], in the order of selection
+          select/clusters.parquet cluster, size, transferability, density, score, probability, quota, picked
+          select/records.parquet  index, cluster, rank and score of each chosen row
+          cluster/centroids.npy, cluster/assignment.npy
+
+With clusters given and select.variant=official (the default) the indices are those of the authors' program, in its
+order. Without, k-means makes cluster.k of them.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The published settings of LLaVA-1.5; give `extract.features`."""
+    config = common.defaults()
+    config.name = "arrays"
+    config.cluster.k = 10_000
+    # of so many rows and clusters the audit's passes take longer than the clustering
+    config.cluster.audit.update(separation=False, duplicates=1.0)
+    return config.lock()

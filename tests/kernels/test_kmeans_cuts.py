@@ -1,0 +1,166 @@
+"""However k-means is cut, started or interrupted, labels stay the same: devices, tiles, streams, products."""
+
+import contextlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coincide_jax.kernels import kmeans
+from coincide_jax.kernels.kmeans import exact, products, sketch, tiles
+
+RESULT = ("centroids", "assignment", "objective", "imbalance", "empties", "moved", "iterations")
+STREAMED = 30_000  # bytes, less than any array here
+
+
+@contextlib.contextmanager
+def devices(count: int, model: int = 1):
+    with jax.set_mesh(jax.make_mesh((count // model, model), ("data", "model"), devices=jax.devices()[:count])):
+        yield
+
+
+def drawn(rows=700, width=64, centers=60, spread=1.2, seed=0) -> np.ndarray:
+    """Unit float16 rows with close calls: overlapping groups, some copies, two zero rows."""
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=(centers, width)) + rng.normal(size=width)
+    x = centre[rng.integers(0, centers, rows)] + spread * rng.normal(size=(rows, width))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    x[50:60], x[[7, 300]] = x[60:70], 0
+    return x
+
+
+def fit(x, k=24, count=1, model=1, **settings):
+    with devices(count, model):
+        return kmeans.fit(x, k, **{"seed": 1, "iterations": 25, "chunk": 256} | settings)
+
+
+def same(a, b):
+    for name in RESULT:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    assert a.centroids.tobytes() == b.centroids.tobytes()
+
+
+@pytest.fixture(scope="module")
+def one():
+    """One device, rows kept, float32 products: what all others must equal."""
+    return fit(drawn(), product="float32", chunk=700)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_bitwise_equal_on_devices_tiles_and_streams(count, one):
+    for chunk, memory in itertools.product((700, 200, 96), (0, STREAMED)):
+        found = fit(drawn(), count=count, chunk=chunk, memory=memory, product="bfloat16")
+        assert found.resident == (memory == 0)
+        same(one, found)
+
+
+def test_bitwise_equal_in_any_product_and_mesh(one):
+    same(one, fit(drawn(), product="float16"))
+    same(one, fit(drawn(), count=8, model=2, product="float32"))
+    same(one, fit(drawn().astype(np.float32), product="bfloat16", count=2))
+
+
+def test_rows_are_skipped_and_labels_stay_lloyds():
+    """Against Lloyd written out in float64: no pruning, no half precision."""
+    x = drawn(rows=900, spread=0.5)
+    found = fit(x, k=30, product="bfloat16")
+    # at this K a row that is met meets 8 of the 30 at least: so some were skipped, and hardly any met all of them
+    assert found.work[-1] < 8 / 30 and min(found.work) < 0.2 and found.moved[-1] == 0
+    wide, centroids = x.astype(np.float64), None
+    for iteration in range(found.iterations):
+        if centroids is None:
+            centroids = fit(x, k=30, iterations=0).centroids
+        labels = exact.decide(x, np.linalg.norm(wide, axis=1), centroids)
+        sums = np.stack([wide[labels == k].sum(axis=0) for k in range(30)])
+        assert found.objective[iteration] == pytest.approx(np.sum(sums * centroids) / len(x), abs=1e-12)
+        if np.any(sums.any(axis=1) == 0):
+            pytest.fail("an empty cluster; choose other rows")
+        centroids = exact.unit(sums)
+    np.testing.assert_array_equal(found.assignment, labels)
+    np.testing.assert_allclose(found.centroids, centroids, atol=1e-7)
+
+
+def test_resumed_after_any_iteration(one):
+    x, states = drawn(), []
+    fit(x, on_state=states.append, product="bfloat16")
+    assert len(states) == one.iterations
+    for state in (states[0], states[len(states) // 2], states[-1]):
+        again = kmeans.State.of(state.centroids, state.assignment, state.history)
+        assert again.digest == state.digest
+        same(one, fit(x, resume=again, count=2, chunk=100))
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||"])
+def test_starts_are_the_same_anywhere_and_better_than_random(init):
+    x = drawn(rows=600, centers=20, spread=0.15)
+    starts = [fit(x, k=20, iterations=0, init=init, count=c, chunk=n).centroids for c, n in ((1, 600), (4, 96))]
+    assert starts[0].tobytes() == starts[1].tobytes() and len(np.unique(starts[0], axis=0)) == 20
+    rows = exact.unit(x.astype(np.float64))
+    assert np.all((starts[0] @ rows.T).max(axis=1) > 1 - 1e-6)  # every one is a row
+    best = [fit(x, k=20, iterations=1, init=name).objective[0] for name in (init, "random")]
+    assert best[0] > best[1]
+    few = fit(np.repeat(x[100:105], 4, axis=0), k=10, init=init)
+    assert len(np.unique(few.assignment)) == 5
+
+
+def test_plus_plus_of_streamed_rows_is_refused():
+    """It would read them once for each cluster; and another rule in its place would be a start that memory decides."""
+    with pytest.raises(ValueError, match=r"take k-means\|\|, or a larger cluster.memory_mib"):
+        fit(drawn(), iterations=0, init="k-means++", memory=STREAMED, chunk=128)
+
+
+@pytest.mark.parametrize("memory", [0, STREAMED])
+def test_five_distinct_points_and_ten_clusters(memory):
+    x = np.repeat(drawn()[100:105], 30, axis=0)[np.random.default_rng(0).permutation(150)]
+    found = fit(x, k=10, memory=memory, chunk=64)
+    assert len(np.unique(found.assignment)) == 5 and found.iterations < 25
+    for row in drawn()[100:105]:
+        assert len(set(found.assignment[np.all(x == row, axis=1)])) == 1
+
+
+def test_bounds_hold_for_every_score():
+    """Fast and float32 scores against float64 ones, on rows and centroids that make rounding large."""
+    rng = np.random.default_rng(4)
+    x = (rng.normal(size=(64, 3000)) + 3).astype(np.float32)
+    x = np.asarray(exact.grid(x / np.linalg.norm(x, axis=1, keepdims=True)))
+    centroids = exact.unit(rng.normal(size=(16, 3000)) + 3)
+    offset = centroids.astype(np.float64) - centroids.astype(np.float64).mean(axis=0)
+    true = x.astype(np.float64) @ offset.T
+    radius = np.linalg.norm(offset, axis=1).max()
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        rows, directions = jnp.asarray(x).astype(dtype), jnp.asarray(offset.astype(np.float32)).astype(dtype)
+        lost = np.linalg.norm(x - np.asarray(rows, np.float64), axis=1)
+        far = np.linalg.norm(offset - np.asarray(directions, np.float64), axis=1).max()
+        norms = np.linalg.norm(x.astype(np.float64), axis=1)
+        bound = norms * far + (radius + far) * (lost + products.accumulation(3000, dtype) * (norms + lost))
+        error = np.abs(np.asarray(products._product(rows, directions), np.float64) - true).max(axis=1)
+        assert np.all(error <= bound) and np.max(error) > 1e-4 * np.max(bound)
+
+
+def test_ordered_lengths_are_those_of_numpy():
+    values = np.random.default_rng(5).integers(-(2**40), 2**40, size=(7, 333)) / 2.0**24
+    with jax.enable_x64(True):
+        found = np.asarray(jax.jit(products.squares)(jnp.asarray(values)))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, np.sum(values**2, axis=1), rtol=1e-14)
+
+
+def test_memory_decides_between_keeping_and_streaming():
+    x = drawn()
+    with devices(2):
+        for memory, resident in ((0, True), (len(x) * 64 * 2 + 100_000, True), (len(x) * 64, False)):
+            made = tiles.Tiles(x, 24, 128, np.float16, memory)
+            assert made.resident == resident and made.chunk <= 128 and made.chunk % 2 == 0
+
+
+def test_a_sketch_says_what_it_holds():
+    x = drawn(spread=0.2, centers=24)
+    with devices(1):
+        start, told = sketch.start(x, 24, rank=30, seed=1, iterations=20, chunk=128)
+        none, little = sketch.start(drawn(spread=3.0)[10:50], 5, rank=1, seed=1, iterations=20, chunk=128)
+    assert told["energy"] > 0.9 and start.shape == (24, 64) and told["iterations"] > 0
+    polished = fit(x, init=start, tolerance=3e-4)
+    assert polished.objective[-1] > fit(x).objective[-1] * 0.99 and polished.iterations <= 4
+    assert none is None and little["energy"] < 0.5

@@ -1,0 +1,132 @@
+"""Clustering a store four times larger than its memory limit, and after SIGKILL: processes of their own.
+
+The limit is on RssAnon of /proc/self/status, sampled: address space (`ulimit -v`) counts what JAX only reserves, and
+pages of the file that the system may drop at any time are no memory that a run needs.
+
+The interpreter, the compiler and what they leave behind take some 300 MiB, whatever is clustered. Where the limit is
+below that, the process first clusters a store of an eighth of the rows, which compiles the same programs; unused pages
+go back to the system, and the limit is on what the large store takes above what is left. Data that piled up would show:
+it is four times the limit.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+
+import command
+import numpy as np
+import pytest
+
+from coincide_jax.core import artifacts, store
+
+RUN = """
+import ctypes, gc, json, pathlib, sys, threading, time
+import jax
+from coincide_jax import cluster
+from coincide_jax.core import axes
+from configs import common
+folder, keys, slow = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+
+peak = [0.0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+
+config = common.defaults()
+config.cluster.update(keys)
+save = cluster.centres._save
+def slowly(path, state):
+    save(path, state)
+    print("saved", len(state.history), flush=True)
+    time.sleep(slow)
+cluster.centres._save = slowly
+mesh = axes.make_mesh()
+with jax.set_mesh(mesh):
+    threading.Thread(target=watch, daemon=True).start()
+    told = []
+    for name in ("small", "features"):
+        if not (folder / f"{name}.zarr").exists():
+            continue
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else freed pages would hide what is taken next
+        before = peak[0] = anonymous()
+        config.extract.features = str(folder / f"{name}.zarr")
+        summary = cluster.run(config, {}, folder / "out", mesh)
+        told.append({"peak": peak[0], "before": before, "resident": summary["resident"]})
+print(json.dumps(told))
+"""
+
+
+def start(folder, keys: dict, slow: float = 0.0) -> subprocess.Popen:
+    (folder / "out").mkdir(exist_ok=True)
+    line = [sys.executable, "-c", RUN, str(folder), json.dumps(keys), str(slow)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(line, **pipes, text=True, cwd=command.ROOT, env=command.environment())
+
+
+def fill(path, rows: int, width: int, kinds: int) -> None:
+    """A store of unit rows around `kinds` directions, made shard by shard."""
+    rng = np.random.default_rng(0)
+    centre = rng.normal(size=(kinds, width)).astype(np.float32)
+    writer = store.create(path, rows, width)
+    for first in writer.shards:
+        count = min(writer.shard_rows, rows - first)
+        x = centre[rng.integers(0, kinds, count)] + 0.7 * rng.standard_normal((count, width), np.float32)
+        writer.write(first, (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16))
+
+
+def clustered_within(folder, limit_mib: int, width: int, shard_rows: int, monkeypatch, small: bool) -> list[dict]:
+    """Clusters a store of 4 × the limit, after one of an eighth of its rows if `small`; returns what the process told
+    of each: MiB before it and at its peak."""
+    monkeypatch.setattr(artifacts, "SHARD_ROWS", shard_rows)
+    rows = 4 * (limit_mib << 20) // (2 * width)
+    fill(folder / "features.zarr", rows, width, 40)
+    if small:
+        fill(folder / "small.zarr", rows // 8, width, 40)
+    keys = {"k": 32, "iterations": 3, "chunk": 512, "memory_mib": max(limit_mib // 4, 1), "product": "float32"}
+    process = start(folder, keys)
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, output
+    told = json.loads(output.splitlines()[-1])
+    assert len(np.load(folder / "out" / "assignment.npy")) == rows
+    return told
+
+
+def test_a_store_four_times_the_limit(tmp_path, monkeypatch):
+    small, large = clustered_within(tmp_path, 96, 1024, 1024, monkeypatch, small=True)
+    assert not large["resident"] and large["peak"] - large["before"] < 96, (small, large)
+    # 336 MiB more of features; a few numbers for each of their 172,032 rows are 50 MiB at most
+    assert large["peak"] - small["peak"] < 64, (small, large)
+
+
+@pytest.mark.long
+def test_a_large_store_four_times_the_limit(tmp_path, monkeypatch):
+    """2 GiB on disk, all of the process's anonymous memory counted."""
+    (told,) = clustered_within(tmp_path, 512, 4096, 4096, monkeypatch, small=False)
+    assert not told["resident"] and told["peak"] < 512, told
+
+
+def test_killed_after_a_random_iteration(tmp_path):
+    fill(tmp_path / "features.zarr", 3000, 48, 200)
+    keys = {"k": 64, "iterations": 30, "chunk": 512, "memory_mib": 1}
+    process = start(tmp_path, keys)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    wanted = [(tmp_path / "out" / f"{name}.npy").read_bytes() for name in ("centroids", "assignment")]
+    total = sum(line.startswith("saved") for line in output.splitlines())
+    for name in ("centroids", "assignment"):
+        (tmp_path / "out" / f"{name}.npy").unlink()
+    last = int(np.random.default_rng().integers(1, total))
+    process = start(tmp_path, keys, slow=0.5)
+    for line in process.stdout:
+        if line.strip() == f"saved {last}":
+            process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    output, _ = (process := start(tmp_path, keys)).communicate(timeout=600)
+    assert process.returncode == 0 and f"goes on after iteration {last}" in output, output
+    assert wanted == [(tmp_path / "out" / f"{name}.npy").read_bytes() for name in ("centroids", "assignment")]
