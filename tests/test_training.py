@@ -1,93 +1,25 @@
 """The training loop on a model of width 32: same numbers on any mesh, after any stop, with each shape compiled once."""
 
 import collections
+import dataclasses
 import os
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import weights
-from ml_collections import ConfigDict
+from loops import CFG, RECORDS, Synthetic, begin, fit, lines, one_device, recipe
 
-from coincide_jax import curriculum, training
-from coincide_jax.core import artifacts, axes
+from coincide_jax.core import artifacts, axes, precision
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import batches
-from coincide_jax.dataset.conversation import Encoded
 from coincide_jax.kernels import bandits
 from coincide_jax.models import vlm
 from coincide_jax.training import loop, stages
-from coincide_jax.training.state import Recipe, Schedule
+from coincide_jax.training.state import Schedule
 from configs import common
-
-MODEL = {
-    "vision": {"patch": 8, "width": 32, "depth": 1, "heads": 2, "mlp": 32},
-    "decoder": {"width": 32, "depth": 2, "heads": 2, "kv_heads": 1, "mlp": 32},
-}
-CFG = vlm.VLMConfig.tiny(MODEL, 16, 64)
-RECORDS, ARMS = 40, 3
-SAMPLER = curriculum.make(ConfigDict({"name": "coincide_plus", "gamma": 0.2, "mu": 0.5}))
-
-
-class Synthetic:
-    """Records of random tokens; every fifth one is text only. What `batches.planned` asks of a data set."""
-
-    image_size = 16
-    buckets = (16, 24)
-
-    def bucket(self, length: int) -> int:
-        return next(bucket for bucket in self.buckets if length <= bucket)
-
-    def row(self, index: int):
-        if index < 0:
-            return index
-        rng = np.random.default_rng(index)
-        length, image = int(rng.integers(10, 25)), index % 5 != 0
-        labels = np.arange(length) >= length - 1 - index % 4
-        tokens = rng.integers(4, 64, length).astype(np.int32)
-        encoded = Encoded(tokens=tokens, image_start=2 if image else -1, labels=labels, text=np.ones(length, bool))
-        return index, encoded, rng.integers(0, 256, (16, 16, 3)).astype(np.uint8) if image else None
-
-
-def recipe(**changes) -> Recipe:
-    sizes = {"batch": 8, "micro_batch": 8, "checkpoint_every": 4, "learning_rate": 3e-3}
-    return Recipe.from_config(common.recipe(**sizes | changes), "train")
-
-
-def begin(mesh, cfg=CFG):
-    return weights.draw(vlm.abstract(cfg), mesh, seed=1)
-
-
-def fit(out, mesh, *, params=None, sampler=SAMPLER, total=RECORDS, lag=0, round_steps=3, records=RECORDS, **changes):
-    """A run of five steps in rounds of three."""
-    with jax.set_mesh(mesh), training.Termination() as stop:
-        return training.fit(
-            name="train",
-            params=begin(mesh) if params is None else params,
-            cfg=CFG,
-            dataset=Synthetic(),
-            members={"records": np.arange(records), "arm": np.arange(records) % ARMS, "arms": ARMS},
-            sampler=sampler,
-            total_records=total,
-            recipe=recipe(**changes),
-            round_steps=round_steps,
-            lag=lag,
-            threads=2,
-            mesh=mesh,
-            out=out,
-            stop=stop,
-        )
-
-
-def lines(out, name="metrics.jsonl"):
-    """The lines of a file without the times."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in artifacts.read_jsonl(out / name)]
-
-
-def one_device():
-    return axes.make_mesh(devices=jax.devices()[:1])
 
 
 def assert_equal(one, two):
@@ -253,6 +185,83 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         fit(tmp_path, one_device(), learning_rate=1e30, clip=1e30)
 
 
+HALF = dataclasses.replace(CFG, precision=precision.choose("float16"))
+SCALED = {"cfg": HALF, "steps": 24, "round_steps": 8, "sampler": bandits.UNIFORM, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def overflown(tmp_path_factory):
+    """A float16 run whose first scale is far too large: parameters, lines, summary."""
+    out = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "FIRST_SCALE", 2.0**22)
+        params, summary = fit(out, one_device(), **SCALED)
+    return jax.device_get(params), lines(out), summary
+
+
+def test_float16_skips_overflowing_steps_and_recovers(overflown):
+    params, found, summary = overflown
+    skipped = [line["skipped"] for line in found]
+    count = sum(skipped)
+    assert 3 <= count <= 16 and skipped == [1] * count + [0] * (24 - count) and summary["skipped"] == count
+    assert [line["loss_scale"] for line in found[: count + 1]] == [2.0 ** (22 - step) for step in range(count + 1)]
+    assert all((line["gradient_norm"] is None) == bool(line["skipped"]) for line in found)
+    losses = [line["loss"] for line in found]
+    assert np.mean(losses[-4:]) < np.mean(losses[:count]) - 0.3  # it learns once the scale fits
+    assert all(leaf.dtype == np.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_skipped_step_leaves_parameters_and_optimiser_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**22)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        params = begin(mesh)
+    trained, summary = fit(tmp_path, mesh, params=params, **SCALED | {"steps": 2})
+    assert summary["skipped"] == 2 and summary["records"] == 16
+    assert_equal(jax.device_get(trained), jax.device_get(params))
+
+
+def test_a_float16_run_resumes_with_its_scale(tmp_path, overflown, monkeypatch):
+    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**22)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            fit(tmp_path, one_device(), **SCALED)
+    params, _ = fit(tmp_path, one_device(), **SCALED)
+    assert_equal(jax.device_get(params), overflown[0])
+    assert lines(tmp_path) == overflown[1]
+
+
+def test_a_scale_that_falls_below_its_bound_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**22)
+    monkeypatch.setattr(precision, "LOWEST_SCALE", 2.0**21)
+    with pytest.raises(UserError, match=r"still overflow float16 at step 3 although the loss scale fell to"):
+        fit(tmp_path, one_device(), **SCALED)
+
+
+def test_float16_stops_at_a_loss_that_is_not_finite(tmp_path):
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        params = begin(mesh)
+        params["decoder"]["norm"]["scale"] = params["decoder"]["norm"]["scale"] * jnp.nan
+    with pytest.raises(UserError, match="train: loss nan"):
+        fit(tmp_path, mesh, params=params, **SCALED)
+
+
+def test_seconds_lie_between_completions_and_add_up(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 7))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
+    log = loop.Log(tmp_path, 0)
+    for step in range(1, 6):
+        log.step(step, {"loss": jnp.float32(step), "gradient_norm": jnp.float32(1.0)})
+        assert np.isnan(log.loss) if step < 3 else log.loss == step - 2  # the newest that has ended
+    log.flush("train")
+    assert log.loss == 5.0
+    log.close()
+    found = [line["seconds"] for line in artifacts.read_jsonl(tmp_path / "metrics.jsonl")]
+    assert found == [7.0, 7.0, 7.0, 3.5, 3.5]  # the two still in flight share the last lap
+
+
 def test_rate_rises_over_the_warm_up_and_falls_to_zero():
     schedule = Schedule.of(recipe(warmup=0.25, learning_rate=2.0), 16)
     values = np.asarray([schedule.peak * schedule.factor(jnp.int32(step)) for step in range(17)])
@@ -305,6 +314,12 @@ def test_arms_are_the_clusters_or_fewer(tmp_path):
     with jax.set_mesh(one_device()):
         arm, arms = stages._arms(records, config, inputs, tmp_path)
     assert arms == 2 and set(arm) == {0, 1} and all(len(set(arm[c::4])) == 1 for c in range(4))
+    config.curriculum.k = 0
+    arm, arms = stages._arms(np.asarray([0, 2, 3, 7]), config, inputs, tmp_path)  # none of cluster 1
+    assert arms == 3 and arm.tolist() == [0, 1, 2, 2]
+    assert np.load(tmp_path / "arms" / "assignment.npy").tolist() == [0, -1, 1, 2]
+    stages._arms(records, config, inputs, tmp_path)
+    assert not (tmp_path / "arms" / "assignment.npy").exists()
     config.curriculum.k = 5
     with pytest.raises(UserError, match=r"curriculum.k is 5; expected 0 \(the clusters\) or 1 to 4"):
         stages._arms(records, config, inputs, tmp_path)

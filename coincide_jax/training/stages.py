@@ -1,10 +1,12 @@
 """The stages base, reference and train: which weights, which records, how many steps; `fit`; a model folder."""
 
+import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from coincide_jax.core import artifacts, checkpoint, precision
@@ -14,10 +16,11 @@ from coincide_jax.dataset import READING, Dataset
 from coincide_jax.kernels import bandits, kmeans
 from coincide_jax.models import hf, layers
 from coincide_jax.models.vlm import VLMConfig, abstract
+from coincide_jax.training import probe
 from coincide_jax.training.loop import Termination, fit
 from coincide_jax.training.state import Recipe
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 BASE_KEYS = ("base", "model", "dataset.image_size", *READING, "device.precision")
 REFERENCE_KEYS = ("reference.train", "target.path", *READING, "device.precision")
 TRAIN_KEYS = ("train", "curriculum", "target.path", "select.fraction", *READING, "device.precision")
@@ -33,13 +36,16 @@ def run_base(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -
         raise UserError("the base has no records: dataset.base_share is 0; set it, dataset.base_records or target.path")
     chosen, size = precision.choose(config.device.precision), config.dataset.image_size
     tokenizer = inputs["dataset"] / "tokenizer.json"
+    tiny = VLMConfig.tiny(config.model, size, 1, chosen)
     data = Dataset.open(
         split,
         "base_records" if split["base_records"] else "records",
         tokenizer_path=tokenizer,
         settings=config.dataset,
         image_size=size,
-        image_tokens=VLMConfig.tiny(config.model, size, 1, chosen).image_tokens,
+        image_tokens=tiny.image_tokens,
+        template=config.dataset.template,
+        mean=tiny.vision.mean,
     )
     cfg = VLMConfig.tiny(config.model, size, data.vocab_size, chosen)
     recipe = Recipe.from_config(config.base, "base")
@@ -50,6 +56,7 @@ def run_base(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -
         "vocab": data.vocab_size,
         "template": config.dataset.template,
         "system": config.dataset.system,
+        "mean": list(cfg.vision.mean),
     }
     with Termination() as stop:
         params, summary = _fit_uniform("base", params, cfg, data, split["base"], recipe, config, mesh, out, stop)
@@ -61,58 +68,80 @@ def run_reference(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, me
     """The stage 'reference': the base tuned on the whole pool (the paper's small VLM tuned on the target set)."""
     split = artifacts.read_json(inputs["dataset"] / "split.json")
     folder = pathlib.Path(config.target.path) if config.target.path else inputs["base"]
-    params, card, cfg, data = _open(folder, split, config, mesh)
     recipe = Recipe.from_config(config.reference.train, "reference.train")
+    params, card, cfg, data = _open(folder, split, config, mesh, recipe)
     with Termination() as stop:
         params, summary = _fit_uniform("reference", params, cfg, data, split["pool"], recipe, config, mesh, out, stop)
-        checkpoint.save_model(out, params, card, folder / "tokenizer.json")
+        params = _float32(params)
+        data.tokenizer.save(out / "tokenizer.json")
+        checkpoint.save_model(out, params, card)
     return summary | {"fingerprint": checkpoint.fingerprint(params), "parameters": _size(params)}
 
 
-def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, make_sampler: Callable) -> dict:
+def run(
+    config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, prepare: Callable, one_arm: Sequence[str]
+) -> dict:
     """The stage 'train': the target, tuned on a coreset or on the pool in the order that a sampler draws.
 
     Args:
       inputs: 'dataset', 'base' (unless target.path), 'select' for a coreset, 'cluster' for an online sampler; 'match',
         a select folder whose number of records an online sampler over the pool is to see as well.
-      make_sampler: config.curriculum → sampler.
+        'extract', whose scores.parquet says how difficult records are, if `curriculum.difficulty` names a column of it.
+      prepare: (config.curriculum, records, arm, arms, difficulty) → (sampler, rank within an arm or None).
+      one_arm: samplers whose records are one arm, whatever cluster they are in.
 
     Raises:
       UserError: an unknown pool or sampler, more arms than clusters, records outside the clusters.
     """
     split = artifacts.read_json(inputs["dataset"] / "split.json")
     settings = config.curriculum
-    sampler = make_sampler(settings)
     records, total = _records(config, inputs, split)
     arm, arms = np.zeros(len(records), np.int64), 1
-    if settings.name != "uniform":
+    if settings.name not in one_arm:
         arm, arms = _arms(records, config, inputs, out)
         if lost := int((arm < 0).sum()):
             say("train", f"{lost} records of the pool are in no cluster and cannot be drawn")
             records, arm = records[arm >= 0], arm[arm >= 0]
+    sampler, rank = prepare(settings, records, arm, arms, _difficulty(records, settings, inputs))
+    members = {"records": records, "arm": arm, "arms": arms, "rank": rank}
+    if sampler.probe:
+        members["probed"] = probe.choose(records, arm, arms, settings.probe, config.train.seed)
+    if settings.visits and arms > settings.round_steps * config.train.batch:
+        raise UserError(
+            f"curriculum.visits promises every arm a visit, but a round of {settings.round_steps} steps has room for "
+            f"{settings.round_steps * config.train.batch} of {arms} arms; take fewer arms by curriculum.k"
+        )
     folder = pathlib.Path(config.target.path) if config.target.path else inputs["base"]
-    params, card, cfg, data = _open(folder, split, config, mesh)
+    recipe = Recipe.from_config(config.train, "train")
+    params, card, cfg, data = _open(folder, split, config, mesh, recipe)
     begun = checkpoint.fingerprint(params)
+    exporter = functools.partial(_export_adapter, cfg, recipe, folder, out / "adapter")
     with Termination() as stop:
         params, summary = fit(
             name="train",
             params=params,
             cfg=cfg,
             dataset=data,
-            members={"records": records, "arm": arm, "arms": arms},
+            members=members,
             sampler=sampler,
             total_records=total,
-            recipe=Recipe.from_config(config.train, "train"),
+            recipe=recipe,
             round_steps=settings.round_steps,
             lag=settings.lag,
             threads=config.dataset.threads,
             mesh=mesh,
             out=out,
             stop=stop,
+            exact=settings.objective == "accuracy",
+            at_end=exporter if recipe.mode == "lora" else None,
         )
-        checkpoint.save_model(out / "model", params, card, folder / "tokenizer.json")
-        (out / "export").mkdir(exist_ok=True)
-        hf.export(params, cfg, out / "export")
+        params = _float32(params)
+        data.tokenizer.save(out / "model" / "tokenizer.json")
+        checkpoint.save_model(out / "model", params, card)
+        try:
+            hf.export(params, cfg, out / "export")
+        except UserError as error:  # the model is there all the same
+            say("train", str(error))
     say("train", f"model {out / 'model'} · Hugging Face files {out / 'export'}")
     return summary | {
         "start": begun,
@@ -144,8 +173,25 @@ def _records(config, inputs: dict[str, pathlib.Path], split: dict) -> tuple[np.n
     return pool, max(math.ceil(config.select.fraction * len(pool) - 1e-6), 1)
 
 
+def _difficulty(records: np.ndarray, settings, inputs: dict[str, pathlib.Path]) -> np.ndarray | None:
+    """The column of scores.parquet that `curriculum.difficulty` names, at `records`; None if it names none."""
+    if not settings.difficulty or "extract" not in inputs:
+        return None
+    path = inputs["extract"] / "scores.parquet"
+    columns = artifacts.read_parquet(path)
+    if settings.difficulty not in columns:
+        raise UserError(
+            f"curriculum.difficulty is '{settings.difficulty}', but {path} has no such column; set extract.scores=True"
+        )
+    return columns[settings.difficulty][records]
+
+
 def _arms(records: np.ndarray, config, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> tuple[np.ndarray, int]:
-    """Arm of each record (-1: in no cluster) and number of arms: the clusters, or fewer, by k-means over centroids."""
+    """Arm of each record (-1: in no cluster) and number of arms: the clusters, or fewer, by k-means over centroids.
+
+    Arms without a record are left out. Where arms are not the clusters, arms/assignment.npy says which arm each
+    cluster is in (-1: none).
+    """
     if "cluster" not in inputs:
         raise UserError(
             f"curriculum.name is '{config.curriculum.name}' but there is no cluster folder; run cluster first"
@@ -155,20 +201,49 @@ def _arms(records: np.ndarray, config, inputs: dict[str, pathlib.Path], out: pat
     clusters, k = len(centroids), config.curriculum.k
     if k < 0 or k > clusters:
         raise UserError(f"curriculum.k is {k}; expected 0 (the clusters) or 1 to {clusters}, the number of clusters")
-    arm = assignment[records]
-    if k in (0, clusters):
-        return arm, clusters
-    merged = kmeans.fit(centroids, k, seed=config.train.seed, **MERGE)
-    artifacts.write_npy(out / "arms" / "centroids.npy", merged.centroids)
-    artifacts.write_npy(out / "arms" / "assignment.npy", merged.assignment)
-    say("train", f"{clusters} clusters merged into {k} arms")
-    return np.where(arm < 0, -1, merged.assignment[arm]), k
+    names, arms = np.arange(clusters), clusters  # cluster → arm
+    if k not in (0, clusters):
+        merged = kmeans.fit(centroids, k, seed=config.train.seed, **MERGE)
+        artifacts.write_npy(out / "arms" / "centroids.npy", merged.centroids)
+        names, arms = merged.assignment.astype(np.int64), k
+        say("train", f"{clusters} clusters merged into {k} arms")
+    arm = np.where(assignment[records] < 0, -1, names[assignment[records]])
+    filled = np.unique(arm[arm >= 0])
+    if len(filled) < arms:  # as a coreset leaves them
+        say("train", f"{arms - len(filled)} of {arms} arms have no record to draw and are left out")
+        number = np.full(arms + 1, -1, np.int64)  # the last entry is that of -1
+        number[filled] = np.arange(len(filled))
+        names, arm = number[names], number[arm]
+    if len(filled) < clusters:
+        artifacts.write_npy(out / "arms" / "assignment.npy", names)
+    else:  # what an earlier run of other arms may have left
+        (out / "arms" / "assignment.npy").unlink(missing_ok=True)
+    return arm, len(filled)
 
 
-def _open(folder: pathlib.Path, split: dict, config, mesh) -> tuple[dict, dict, VLMConfig, Dataset]:
-    """Weights, card, configuration of a model folder, and the pool's records as this model reads them."""
-    params, cfg, card = hf.load(folder, mesh, config.device.precision)
+def _open(folder: pathlib.Path, split: dict, config, mesh, recipe: Recipe) -> tuple[dict, dict, VLMConfig, Dataset]:
+    """Weights, card, configuration of a model folder, and the pool's records as this model reads them. What LoRA leaves
+    frozen is held in the compute type."""
+    storage = "compute" if recipe.mode == "lora" else "float32"
+    params, cfg, card = hf.load(folder, mesh, config.device.precision, storage=storage)
+    if not isinstance(cfg, VLMConfig):
+        raise UserError(f"target.path: {folder} holds no vision-language model; expected vision tower and decoder")
     return params, card, cfg, Dataset.of_model(split, folder, card, cfg.image_tokens, config.dataset)
+
+
+def _float32(params: dict) -> dict:
+    """The tree as model folders hold it."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+def _export_adapter(cfg: VLMConfig, recipe: Recipe, base: pathlib.Path, out: pathlib.Path, trained: dict) -> None:
+    """The adapters, not merged, and the projector as a PEFT folder."""
+    out.mkdir(exist_ok=True)
+    settings = {"rank": recipe.rank, "alpha": recipe.alpha, "dropout": recipe.dropout, "targets": recipe.targets}
+    try:
+        hf.export_adapter(trained["lora"], cfg, out, **settings, base=str(base), projector=trained["projector"])
+    except UserError as error:  # the merged model comes all the same
+        say("train", str(error))
 
 
 def _fit_uniform(name, params, cfg, data, records, recipe: Recipe, config, mesh, out, stop) -> tuple[dict, dict]:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.training.dynamic_scale import DynamicScale
 
+from coincide_jax.core import precision
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.kernels import plan
 from coincide_jax.models import layers, lora
@@ -61,6 +63,11 @@ class Recipe:
         for key in ("steps", "warmup", "weight_decay", "projector_learning_rate"):
             if getattr(recipe, key) < 0:
                 raise UserError(f"{name}.{key} is {getattr(recipe, key)}; expected 0 or more")
+        if recipe.rank < 1 or recipe.alpha <= 0 or not 0 <= recipe.dropout < 1 or not recipe.targets:
+            raise UserError(
+                f"{name}.lora has rank {recipe.rank}, alpha {recipe.alpha}, dropout {recipe.dropout}, targets "
+                f"{recipe.targets}; expected a rank of 1 or more, alpha above 0, dropout in [0, 1), at least one target"
+            )
         if recipe.batch % recipe.micro_batch:
             raise UserError(
                 f"{name}.micro_batch is {recipe.micro_batch}; expected a divisor of {name}.batch = {recipe.batch}"
@@ -86,7 +93,7 @@ class TrainState:
 
     step: int32[], optimiser steps done; params: the trained tree; opt: Optax state; sampler: its state; plan: the
     rounds drawn and not over, each field with a leading axis [1 + lag]; position: records used up; draws: int32[K], of
-    each arm so far; key: the run's random key.
+    each arm so far; key: the run's random key; scale: the loss scale of a float16 run, else None.
     """
 
     step: jax.Array
@@ -97,6 +104,7 @@ class TrainState:
     position: plan.Position
     draws: jax.Array
     key: jax.Array
+    scale: DynamicScale | None = None
 
 
 class Schedule(NamedTuple):
@@ -146,13 +154,18 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def divide(params: dict, cfg, recipe: Recipe, key: jax.Array, mesh) -> tuple[dict, dict]:
     """The trained and the frozen tree: everything and nothing, or LoRA with the projector and the rest.
 
-    The trained tree is a copy: steps overwrite it, and the caller's weights stay as they are.
+    The trained tree is a float32 copy: steps overwrite it, and the caller's weights stay as they are. What is frozen
+    stays in the type that it was loaded in.
     """
+
+    def copy(tree: dict) -> dict:
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), tree)
+
     if recipe.mode == "full":
-        return jax.tree.map(jnp.copy, params), {}
+        return copy(params), {}
     adapters = layers.init(lora.abstract(cfg, recipe.rank, recipe.targets), key, mesh)
     frozen = {top: tree for top, tree in params.items() if top != "projector"}
-    return {"lora": adapters, "projector": jax.tree.map(jnp.copy, params["projector"])}, frozen
+    return {"lora": adapters, "projector": copy(params["projector"])}, frozen
 
 
 def unite(trained: dict, frozen: dict) -> tuple[dict, dict | None]:
@@ -161,8 +174,11 @@ def unite(trained: dict, frozen: dict) -> tuple[dict, dict | None]:
     return whole, trained.get("lora")
 
 
-def start(trained: dict, recipe: Recipe, sampler, arms: int, rounds: int, round_steps: int) -> TrainState:
-    """The state before the first step, every array of it where it will stay. `rounds` is 1 + lag."""
+def start(
+    trained: dict, recipe: Recipe, sampler, arms: int, rounds: int, round_steps: int, *, loss_scale: bool = False
+) -> TrainState:
+    """The state before the first step, every array of it where it will stay. `rounds` is 1 + lag; `loss_scale` says
+    whether the run computes in float16."""
 
     @jax.jit
     def init(trained):
@@ -177,6 +193,7 @@ def start(trained: dict, recipe: Recipe, sampler, arms: int, rounds: int, round_
             position=plan.start(arms),
             draws=jnp.zeros(arms, jnp.int32),
             key=jax.random.key(recipe.seed),
+            scale=precision.first_scale() if loss_scale else None,
         )
 
     return init(trained)

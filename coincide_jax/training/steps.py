@@ -1,14 +1,22 @@
-"""The three compiled functions of a run: one micro-batch, one optimiser step, one round drawn."""
+"""The three compiled functions of a run: one micro-batch, one optimiser step, one round drawn.
+
+In float16 (`state.scale` is not None) the objective is multiplied by the state's loss scale before it is
+differentiated; `apply` divides by it before the clip, and leaves parameters and optimiser as they are when the gradient
+is not finite. Such a step counts all the same: its records are used up, the rate goes on, and the sampler learns its
+losses, which the forward pass measured.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from coincide_jax.kernels import plan
+from coincide_jax.core import precision
+from coincide_jax.kernels import bandits, plan
 from coincide_jax.models import vlm
 from coincide_jax.training.state import Recipe, Schedule, TrainState, optimizer, unite
 
@@ -16,8 +24,9 @@ from coincide_jax.training.state import Recipe, Schedule, TrainState, optimizer,
 class Accumulator(NamedTuple):
     """Sums over the micro-batches of a step, float32.
 
-    grads: of the summed objective; objective: f32[]; weight: f32[], what both are divided by in the end; tokens: f32[],
-    supervised; losses: f32[B], mean token NLL of each plan slot, NaN where no record was seen.
+    grads: of the summed objective, times the loss scale if there is one; objective: f32[]; weight: f32[], what both are
+    divided by in the end; tokens: f32[], supervised; losses: f32[B], mean token NLL of each plan slot, NaN where no
+    record was seen.
     """
 
     grads: dict
@@ -28,14 +37,19 @@ class Accumulator(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """micro(params, frozen, accumulator, batch, key, step, number) → accumulator;
+    """micro(params, frozen, accumulator, batch, key, step, number, scale f32[] or None) → accumulator;
+    judge(params, frozen, batch, exact) → (f32[b], bool[b]): each row's mean token NLL, or with `exact` 1 where every
+      supervised token is the likeliest (what greedy decoding would then say), and whether it has supervised tokens;
     apply(state, accumulator, schedule) → (state, empty accumulator, metrics);
-    draw(state, members, number, slots) → (state, p f32[K]), with `slots` of the run's plan holding a record.
+    draw(state, members, number, slots) → (state, p f32[K]), with `slots` of the run's plan holding a record;
+    learn(sampler's state, values f32[K]) → sampler's state, after a probe; None if the sampler has no probe.
     """
 
-    micro: callable
-    apply: callable
-    draw: callable
+    micro: Callable
+    judge: Callable
+    apply: Callable
+    draw: Callable
+    learn: Callable | None
 
 
 def empty(params: dict, batch: int) -> Accumulator:
@@ -58,16 +72,16 @@ def compile_steps(cfg, recipe: Recipe, sampler) -> Steps:
         recipe, seed=0, epochs=1.0, steps=0, learning_rate=1.0, projector_learning_rate=1.0, warmup=0.0,
         checkpoint_every=1, keep=1,
     )  # fmt: skip
-    return _compiled(cfg, alike, sampler)
+    return Steps(*_of_model(cfg, alike), *_of_sampler(alike, sampler))
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
-    transform = optimizer(recipe)
+def _of_model(cfg, recipe: Recipe) -> tuple:
+    """micro and judge, which know nothing of the sampler."""
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def micro(params, frozen, accumulator: Accumulator, batch, key, step, number) -> Accumulator:
-        def summed(params):
+    def micro(params, frozen, accumulator: Accumulator, batch, key, step, number, scale=None) -> Accumulator:
+        def objective(params):
             whole, adapters = unite(params, frozen)
             options = {"remat": recipe.remat}
             if adapters is not None:
@@ -79,7 +93,12 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
                 return (nll / jnp.maximum(tokens, 1.0)).sum(), (nll, tokens, (tokens > 0).astype(jnp.float32).sum())
             return nll.sum(), (nll, tokens, tokens.sum())
 
+        def summed(params):
+            total, seen = objective(params)
+            return (total if scale is None else total * scale), seen
+
         (total, (nll, tokens, weight)), grads = jax.value_and_grad(summed, has_aux=True)(params)
+        total = total if scale is None else total / scale
         # beyond the end, hence dropped: padding, and records cut before their answer, whose loss of 0 says nothing
         slot = jnp.where(batch["valid"] & (tokens > 0), batch["slot"], recipe.batch)
         mean, slot = jax.reshard((nll / jnp.maximum(tokens, 1.0), slot), jax.P(None))
@@ -91,10 +110,33 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
             accumulator.losses.at[slot].set(mean, mode="drop"),
         )
 
+    @functools.partial(jax.jit, static_argnums=3)
+    def judge(params, frozen, batch, exact: bool):
+        whole, adapters = unite(params, frozen)
+        options = {} if adapters is None else {"lora": (adapters, recipe.lora_scale, 0.0)}
+        if not exact:
+            nll, tokens = record_nll(whole, batch, cfg, **options)
+            value = nll / jnp.maximum(tokens, 1.0)
+        else:
+            scores = vlm.logits(whole, vlm.forward(whole, batch, cfg, **options).hidden, cfg)
+            asked = batch["labels"][:, 1:]
+            right = jnp.argmax(scores[:, :-1], axis=-1).astype(jnp.int32) == batch["tokens"][:, 1:]
+            value, tokens = jnp.all(right | ~asked, axis=1).astype(jnp.float32), asked.astype(jnp.float32).sum(-1)
+        return jax.reshard((value, tokens > 0), jax.P(None))
+
+    return micro, judge
+
+
+@functools.lru_cache(maxsize=32)
+def _of_sampler(recipe: Recipe, sampler) -> tuple:
+    """apply, draw and learn, which know nothing of the model."""
+    transform = optimizer(recipe)
+
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def apply(state: TrainState, accumulator: Accumulator, schedule: Schedule):
         weight = jnp.maximum(accumulator.weight, 1.0)
-        grads = jax.tree.map(lambda grad: grad / weight, accumulator.grads)
+        divisor = weight if state.scale is None else weight * state.scale.scale
+        grads = jax.tree.map(lambda grad: grad / divisor, accumulator.grads)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
             updates, opt = transform.update(grads, state.opt, state.params)
         updates = schedule.scale(updates, state.step)
@@ -108,10 +150,18 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
             "tokens": accumulator.tokens.astype(jnp.int32),
             "records": seen.astype(jnp.int32).sum(),
         }
+        params, scale = optax.apply_updates(state.params, updates), None
+        if state.scale is not None:
+            finite = jnp.isfinite(metrics["gradient_norm"])
+            metrics |= {"skipped": (~finite).astype(jnp.int32), "loss_scale": state.scale.scale}
+            kept = functools.partial(jnp.where, finite)
+            params, opt = jax.tree.map(kept, params, state.params), jax.tree.map(kept, opt, state.opt)
+            scale = precision.next_scale(state.scale, finite)
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt=opt,
+            scale=scale,
             sampler=sampler.update(state.sampler, state.plan.arms[0, row], accumulator.losses, drawn),
         )
         return state, empty(state.params, recipe.batch), metrics
@@ -129,6 +179,7 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
             slots,
             round_steps,
             batch,
+            **bandits.ways(sampler, state.sampler),
         )
         sizes = members.offsets[1:] - members.offsets[:-1]
         alive = state.position.cursor < sizes
@@ -137,4 +188,4 @@ def _compiled(cfg, recipe: Recipe, sampler) -> Steps:
         plans = jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), state.plan, drawn)
         return state.replace(plan=plans, position=position, draws=state.draws.at[counted].add(1, mode="drop")), p
 
-    return Steps(micro, apply, draw)
+    return apply, draw, jax.jit(sampler.probe) if sampler.probe else None

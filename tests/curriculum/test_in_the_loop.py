@@ -1,0 +1,114 @@
+"""Every sampler inside the training loop: rounds of a real run, and the probes between them."""
+
+import jax
+import numpy as np
+import pytest
+from loops import ARMS, CFG, RECORDS, Synthetic, begin, fit, lines, one_device, recipe
+from ml_collections import ConfigDict
+
+from coincide_jax import curriculum
+from coincide_jax.core import artifacts, axes
+from coincide_jax.core.errors import UserError
+from coincide_jax.dataset import batches
+from coincide_jax.models import vlm
+from coincide_jax.training import probe
+from coincide_jax.training import steps as compiled
+from configs import common
+
+ONLINE = [name for name in curriculum.SAMPLERS if name not in curriculum.OFFLINE]
+ROWS = {name: {"name": name} for name in curriculum.SAMPLERS}
+ROWS |= {f"{name} with rehearsal": {"name": name, "rehearsal": 0.25} for name in ONLINE}
+ROWS |= {
+    "progress by a probe": {"name": "progress", "probe": 2},
+    "progress by exact answers": {"name": "progress", "probe": 2, "objective": "accuracy"},
+    "skill_it by a probe": {"name": "skill_it", "probe": 2},
+    "arms drawn per step": {"name": "coincide_plus", "draw": "step"},
+}
+IN_SHORT = ("static", "hard_to_easy", "coincide_plus", "progress by exact answers", "skill_it by a probe",
+            "exp3_ix with rehearsal", "arms drawn per step")  # fmt: skip
+
+
+def run(out, row: dict, mesh, count=RECORDS, **changes):
+    """Nine steps in three rounds over `count` records; parameters and summary."""
+    settings = ConfigDict(dict(common.defaults().curriculum) | {"round_steps": 3, "gamma": 0.2} | row)
+    records, arm, arms = np.arange(count), np.arange(count) % ARMS, ARMS
+    if row["name"] in curriculum.ONE_ARM:
+        arm, arms = np.zeros(count, np.int64), 1
+    difficulty = np.asarray([number % 7 for number in range(count)], float)
+    sampler, rank = curriculum.prepare(settings, records, arm, arms, difficulty)
+    more = {"arm": arm, "arms": arms, "rank": rank}
+    if sampler.probe:
+        more["probed"] = probe.choose(records, arm, arms, settings.probe, 0)
+    exact = settings.objective == "accuracy"
+    return fit(out, mesh, sampler=sampler, more=more, exact=exact, records=count, total=72, **changes)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.long) for name in ROWS]
+)
+def test_three_rounds(name, tmp_path):
+    _, summary = run(tmp_path, ROWS[name], one_device())
+    rounds = lines(tmp_path, "curriculum.jsonl")
+    assert len(rounds) == 3 and summary["steps"] == 9 and summary["records"] == 72
+    for line in rounds:
+        p = np.asarray(line["probabilities"])
+        assert (p >= 0).all() and p.sum() == pytest.approx(1.0, abs=1e-5)
+    moved = any(line["probabilities"] != rounds[0]["probabilities"] for line in rounds)
+    assert moved or ROWS[name]["name"] not in ONLINE
+
+
+def test_a_step_of_one_arm(tmp_path):
+    run(tmp_path, ROWS["arms drawn per step"], one_device(), count=240)  # no arm runs out
+    for line in lines(tmp_path, "curriculum.jsonl"):
+        assert all(count % 8 == 0 for count in line["draws"]) and sum(line["draws"]) == 24
+
+
+def test_a_run_with_probes_goes_on_where_it_stopped(tmp_path):
+    """The second half of a run, from the checkpoint of its fourth step."""
+    whole, _ = run(tmp_path / "whole", ROWS["progress by a probe"], one_device(), keep=3)
+    halves = tmp_path / "halves"
+    artifacts.write_json(halves / "run.json", artifacts.read_json(tmp_path / "whole" / "run.json"))
+    (halves / "checkpoints").mkdir()
+    for name in ("metrics.jsonl", "curriculum.jsonl"):
+        (halves / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (tmp_path / "whole" / "checkpoints" / "4").rename(halves / "checkpoints" / "4")
+    again, _ = run(halves, ROWS["progress by a probe"], one_device())
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
+    assert lines(halves) == lines(tmp_path / "whole")
+    assert lines(halves, "curriculum.jsonl") == lines(tmp_path / "whole", "curriculum.jsonl")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_a_probe_measures(exact):
+    """Against logits of the whole batch in float64."""
+    mesh, data, records = one_device(), Synthetic(), np.arange(12)
+    chosen = probe.choose(records, records % ARMS, ARMS, 3, seed=1)
+    assert [set(row % ARMS) for row in chosen] == [{0}, {1}, {2}] and all(len(set(row)) == 3 for row in chosen)
+    sampler = curriculum.make(ConfigDict(dict(common.defaults().curriculum)))
+    with jax.set_mesh(mesh):
+        params, judge = begin(mesh), compiled.compile_steps(CFG, recipe(), sampler).judge
+        found = probe.measure(
+            lambda batch: judge(params, {}, batch, exact), data, chosen, batch=8, micro=4, threads=1, mesh=mesh
+        )
+        scores_of = jax.jit(lambda params, batch: vlm.logits(params, vlm.forward(params, batch, CFG).hidden, CFG))
+        expected = np.full(chosen.shape, np.nan)
+        (rows,) = batches.planned(data, chosen.reshape(1, -1), micro=9, threads=1)
+        for batch in rows:
+            logits = np.asarray(scores_of(params, axes.put_batch(batch, mesh)), np.float64)
+            for row, slot in enumerate(batch["slot"]):
+                places = np.flatnonzero(batch["labels"][row])
+                said, right = logits[row, places - 1], batch["tokens"][row, places]
+                if len(places):
+                    nll = np.log(np.exp(said).sum(1)) - said[np.arange(len(places)), right]
+                    expected.flat[slot] = (said.argmax(1) == right).all() if exact else nll.mean()
+    np.testing.assert_allclose(found, np.nanmean(expected, axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_clusters_without_a_record_are_no_arms():
+    """As a coreset leaves them: `training.run` hands in the filled ones, numbered anew."""
+    settings = ConfigDict(dict(common.defaults().curriculum) | {"name": "exp3"})
+    filled, arm = np.unique([0, 0, 2], return_inverse=True)
+    sampler, _ = curriculum.prepare(settings, np.arange(3), arm, len(filled))
+    assert sampler.probabilities(sampler.init(2), np.ones(2, bool)).shape == (2,)
+    with pytest.raises(UserError, match="arm 1 of 3 has no record"):
+        curriculum.prepare(settings, np.arange(3), np.asarray([0, 0, 2]), 3)
