@@ -1,10 +1,12 @@
 """The command: flags, mesh, then `pipeline.run`.
 
 python -m coincide_jax.main --config=FILE [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=STAGE]
+python -m coincide_jax.main --config=FILE --plan=1xH100-80GB,4xV100-32GB      memory of training, nothing is run
 """
 
 import ctypes
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -14,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from coincide_jax import pipeline
+from coincide_jax import pipeline, plan
 from coincide_jax.core import axes
 from coincide_jax.core.errors import UserError, nearest, unknown
 
@@ -23,6 +25,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/
 STAGES = flags.DEFINE_list("stages", [], f"Run only these stages of {', '.join(pipeline.NAMES)}.")
 FORCE = flags.DEFINE_string("force", None, "Run this stage and all after it again, in every row.")
 TABLE = flags.DEFINE_bool("table", True, "Run every row of the config's table; --notable: the config as one run.")
+PLAN = flags.DEFINE_list("plan", [], "Print the memory that training takes on devices like 4xV100-32GB; run nothing.")
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
@@ -72,6 +75,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     file, argument = config_path(argv)
     module = load_module(file)
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"{file} takes no argument; found ':{argument}'")
     config = module.get_config(argument) if argument else module.get_config()
     keys = pipeline.flatten(config)
     for name in given_keys(argv):
@@ -89,10 +94,14 @@ def find_sweep(argv: Sequence[str]) -> Callable | None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the pipeline of the parsed flags."""
+    """Runs the pipeline of the parsed flags, or says what it would take."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     keep_memory()
     config = CONFIG.value
+    if PLAN.value:
+        pipeline.check(config)
+        print(plan.tell(config, PLAN.value))
+        return
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)
     mesh = axes.make_mesh(config.device.model_parallel)
     with jax.set_mesh(mesh):

@@ -45,10 +45,10 @@ STAGES = (
     Stage("select", selection.run, selection.KEYS, selection.STAGE_VERSION, ("dataset", "extract", "cluster", "match")),
     Stage(
         "train",
-        functools.partial(training.run, make_sampler=curriculum.make),
+        functools.partial(training.run, prepare=curriculum.prepare, one_arm=curriculum.ONE_ARM),
         training.TRAIN_KEYS,
         training.STAGE_VERSION,
-        ("dataset", "base", "cluster", "select", "match"),
+        ("dataset", "base", "extract", "cluster", "select", "match"),
     ),
     Stage("evaluate", evaluation.run, evaluation.KEYS, evaluation.STAGE_VERSION, ("dataset", "train")),
     Stage("report", report.run, report.KEYS, report.STAGE_VERSION),
@@ -125,8 +125,15 @@ def expected(config: ConfigDict, stage: Stage, inputs: dict[str, Path]) -> dict:
     }
 
 
+def arrays_only(config: ConfigDict) -> bool:
+    """Whether the run selects from features made elsewhere, without records: it clusters and selects, no more."""
+    return bool(config.extract.features) and not config.dataset.records
+
+
 def needed(config: ConfigDict, name: str) -> bool:
     """Whether a run of this config has the stage at all."""
+    if arrays_only(config):
+        return name in ("cluster", "select")
     if name == "base":
         return not config.target.path
     if name == "reference":
@@ -138,8 +145,9 @@ def reads(config: ConfigDict, stage: Stage) -> tuple[str, ...]:
     """The stages whose folders a stage reads under this config. 'match' is a select folder of the size to match."""
     names = [name for name in stage.inputs if needed(config, name)]
     if stage.name == "train":
-        online, coreset = config.curriculum.name != "uniform", config.curriculum.pool == "coreset"
+        online, coreset = config.curriculum.name not in curriculum.ONE_ARM, config.curriculum.pool == "coreset"
         used = {"dataset": True, "base": True, "cluster": online, "select": coreset, "match": online and not coreset}
+        used["extract"] = bool(config.curriculum.difficulty)
         names = [name for name in names if used[name]]
     return tuple(names)
 
@@ -151,27 +159,39 @@ def check(config: ConfigDict) -> None:
       UserError: an unknown name, a number out of its range, broken questions.
     """
     for kind, name, valid in (
-        ("selector", config.select.name, selection.SELECTORS),
         ("curriculum.pool", config.curriculum.pool, training.POOLS),
-        ("cluster.mode", config.cluster.mode, ("exact",)),
+        ("cluster.mode", config.cluster.mode, ("exact", "sketch")),
+        ("cluster.init", config.cluster.init, ("random", "k-means++", "k-means||")),
+        ("cluster.product", config.cluster.product, ("auto", "float32", "bfloat16", "float16")),
     ):
         if name not in valid:
             raise unknown(kind, name, valid)
-    if not 0 < config.select.fraction <= 1:
-        raise UserError(f"select.fraction = {config.select.fraction}; the budget is a share above 0 and up to 1")
     flat = flatten(config)
-    for key, least in (("cluster.k", 1), ("cluster.iterations", 1), ("cluster.chunk", 1), ("extract.num_layers", 1),
+    for key, least in (("cluster.seed", 0),
+                       ("cluster.k", 1), ("cluster.iterations", 1), ("cluster.chunk", 1), ("extract.num_layers", 1),
                        ("extract.rows_per_device", 1), ("evaluate.rows", 1), ("evaluate.max_new_tokens", 1),
                        ("evaluate.bootstrap", 1), ("evaluate.limit", 0), ("dataset.limit", 0),
                        ("dataset.threads", 1), ("curriculum.round_steps", 1)):  # fmt: skip
         if flat[key] < least:
             raise UserError(f"{key} = {flat[key]}; expected {least} or more")
+    if config.curriculum.lag not in (0, 1):
+        raise UserError(f"curriculum.lag is {config.curriculum.lag}; expected 0 or 1")
+    if config.curriculum.difficulty and (config.extract.features or not config.extract.scores):
+        raise UserError(
+            f"curriculum.difficulty is '{config.curriculum.difficulty}', a score of the reference model; it takes "
+            "extract.scores=True, and features that are extracted here"
+        )
+    if config.evaluate.part == "dev" and not arrays_only(config) and config.dataset.share_dev <= 0:
+        raise UserError("evaluate.part is 'dev' but dataset.share_dev is 0: there would be no questions")
     if not config.seeds:
         raise UserError("seeds is empty; expected at least one, as in --config.seeds='(0,)'")
     if not config.evaluate.questions and config.dataset.records != "drawn" and config.dataset.share_heldout <= 0:
         raise UserError(
             "there would be no questions: dataset.share_heldout is 0 and evaluate.questions names no folder"
         )
+    selection.check(config)
+    if config.cluster.centre and config.select.intra == "nearest":
+        raise UserError("select.intra is 'nearest' but cluster.centre is set: its centroids are not those of the rows")
     curriculum.make(config.curriculum)
     precision.choose(config.device.precision)
     for name, recipe in (("base", config.base), ("reference.train", config.reference.train), ("train", config.train)):
@@ -288,7 +308,9 @@ def run(
         top = run_row(first, workdir, shared={}, names=names, **options)
         if not stages:
             run_others(config, workdir, rows, seeds, top, options)
-        if "report" in names:
+        if arrays_only(first):
+            say("select", f"indices {workdir / 'select' / 'indices.npy'}")
+        elif "report" in names:
             folders = {row: [row_folder(workdir, row, s, headline, seeds[0]) for s in seeds] for row in rows}
             finish(first, workdir, mesh, top, folders, force == "report", command)
 
@@ -311,8 +333,17 @@ def run_others(
                 continue
             say("rows", row if seed is None else f"{row} · seed {seed}")
             names = ("select", "train", "evaluate") if one.curriculum.pool == "coreset" else ("train", "evaluate")
-            match = {} if row == headline else {"match": top["select"]}
-            run_row(one, folder, shared=handed | match, names=names, **options)
+            own = own_features(changes, rows[headline])
+            given = {name: path for name, path in handed.items() if name not in own}
+            if row != headline and "select.fraction" not in changes:
+                given["match"] = top["select"]
+            run_row(one, folder, shared=given, names=(*own, *names), **options)
+
+
+def own_features(changes: dict, headline: dict) -> tuple[str, ...]:
+    """The stages of features and clusters that a row cannot share with the headline, since it sets their keys anew."""
+    kinds = {key.split(".", 1)[0] for key, value in changes.items() if headline.get(key) != value}
+    return ("extract", "cluster") if "extract" in kinds else ("cluster",) if "cluster" in kinds else ()
 
 
 def finish(

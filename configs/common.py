@@ -65,7 +65,7 @@ def defaults() -> ConfigDict:
             ),
             target=dict(path=""),  # checkpoint folder of the weights every row starts from; '' = train a base
             base=recipe(),
-            reference=dict(path="", train=recipe()),  # '' = the base tuned on the pool
+            reference=dict(path="", train=recipe()),  # checkpoint folder, of CLIP too; '' = the base tuned on the pool
             extract=dict(
                 num_layers=5,
                 taps=(),  # 0-based decoder layers; () = num_layers spread over the depth
@@ -77,10 +77,24 @@ def defaults() -> ConfigDict:
                 k=60,
                 seed=1234,
                 iterations=50,
-                chunk=4096,  # rows of one matrix product
-                mode="exact",
+                chunk=4096,  # rows of one matrix product over all devices; smaller where memory wants it
+                mode="exact",  # exact | sketch: early iterations on a few principal directions
+                sketch_rank=256,  # directions of mode=sketch
+                init="random",  # random | k-means++ (of features that fit the devices) | k-means||
+                centre=False,  # take the mean feature out first
+                max_points_per_centroid=0,  # centroids from a sample of so many records each; 0 = from all
+                memory_mib=0,  # of features kept on all devices, streamed above; 0 = their free memory, 4096 on CPUs
+                product="auto",  # auto | float32 | bfloat16 | float16: fast products; the labels are the same
+                checkpoint_every=1,  # iterations
                 centroids="",  # made elsewhere, with `assignment`; nothing is clustered
                 assignment="",
+                audit_labels=("task", "concept", "skill"),  # columns of the records, for the audit alone
+                audit=dict(
+                    separation=True,  # silhouette of each cluster: one more pass over the features
+                    duplicates=0.99,  # pairs of a cluster above this cosine are counted; 1 = none
+                    pairs=2000,  # records of a cluster that are compared for it
+                    stability=False,  # adjusted Rand index with the clusters of another seed: a second clustering
+                ),
             ),
             select=dict(
                 name="coincide",
@@ -94,7 +108,11 @@ def defaults() -> ConfigDict:
                 diagonal="",  # yes | no
                 allocation="",  # sequential | exact
                 min_per_cluster=0,
+                weights="both",  # both | transfer | density | equal: what the shares of the clusters go by
                 intra="mmd",  # mmd | nearest | random
+                refine=0,  # sweeps that exchange picks for lower MMD² after the greedy ones; 0 = none
+                gram="float64",  # float32: the inner products; what it costs in picks and MMD² is measured and told
+                cache_mib=2048,  # memory of rows and kernel matrices; a matrix above a sixteenth is made in parts
             ),
             curriculum=dict(
                 name="uniform",
@@ -102,8 +120,25 @@ def defaults() -> ConfigDict:
                 k=0,  # arms; 0 = the clusters
                 lag=0,  # rounds between drawing a plan and the last update it knows of
                 round_steps=10,  # S
-                gamma=0.1,  # exploration
-                mu=0.3,  # moving-average rate of the rewards
+                draw="",  # sample | step: an arm for each record or for a whole step; '' = the sampler's own
+                order="random",  # static: random | given, as in select/indices.npy
+                difficulty="",  # easy_to_hard, hard_to_easy: nll | el2n of extract/scores.parquet; '' = first losses
+                reward="",  # absolute | relative drop of an arm's loss; '' = the sampler's own
+                rescale=False,  # rewards by the 5 % to 95 % range of the last 1,024; 0.5 = no change
+                gamma=0.1,  # exploration mass of all arms together
+                mu=0.3,  # moving-average rate of rewards, and of losses in rehearsal
+                eta=0.0,  # learning rate of Exp3's family, Tsallis-INF, Skill-it; 0 = the published one
+                alpha=1e-3,  # exp3s: share of the weights that is dealt out anew each step; about 1/steps
+                drift=0.2,  # exp3r: an arm better by this than the believed best makes it begin anew
+                drift_draws=5.0,  # exp3r: exploration draws of each arm between two tests
+                tau=0.5,  # progress: temperature
+                delta=0.1,  # progress: exploration
+                positive_only=False,  # progress: only arms that improve, as in the authors' program
+                objective="loss",  # what a probe measures: loss | accuracy
+                probe=0,  # records of each arm measured between rounds; 0 = the training losses serve
+                rehearsal=0.0,  # share of slots that replay what is being forgotten, around any online sampler
+                visits=0,  # least visits of every arm in a window; 0 = no promise
+                window=100,  # steps
             ),
             train=recipe(),
             evaluate=dict(
@@ -117,7 +152,7 @@ def defaults() -> ConfigDict:
                 seed=0,
             ),
             seeds=(0,),  # of every row of the table
-            device=dict(model_parallel=1, precision="auto"),  # auto | float32 | bfloat16
+            device=dict(model_parallel=1, precision="auto"),  # auto | float32 | bfloat16 | float16
         )
     )
 

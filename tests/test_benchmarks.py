@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import command
+import numpy as np
 import pytest
+
+from benchmarks import models
 
 
 def line(name: str, *arguments: str) -> dict:
@@ -33,6 +36,65 @@ def test_kmeans():
 
 
 def test_mmd():
-    found = line("mmd", "--rows=40", "--rounds=2")
+    found = line("mmd", "--rows=40", "--rounds=2", "--clusters=3")
     assert found["identical_picks"] and found["picks"] == 8
-    assert 0 < found["speed_ratio_range"][0] <= found["speed_ratio"] and set(found["seconds"]) == {"ours", "peer"}
+    assert 0 < found["speed_ratio_range"][0] <= found["speed_ratio"]
+    assert {"ours", "ours_picks_only", "peer"} < set(found["seconds_a_cluster"])
+
+
+def test_mmd_gram():
+    found = line("mmd", "--gram", "--rows=60", "--width=96", "--spread=0.05")
+    assert found["picks"] == 12 and 0 <= found["plain_float32"]["equal_picks"] <= 1
+    assert found["float32"]["equal_picks"] >= 0.9 and found["float32"]["mmd2_ratio"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.long
+def test_select():
+    sizes = "--width=40", "--clusters=6", "--iterations=2"
+    found = line("select", "--rows=200,400", "--rounds=1", *sizes)
+    assert [point["rows"] for point in found["points"]] == [200, 400] and np.isfinite(found["slope_whole"])
+    assert all(0 < point["picked"] <= 0.2 * point["rows"] for point in found["points"])
+    assert all(0 < point["rss_anon_before_mib"] <= point["rss_anon_peak_mib"] for point in found["points"])
+    (point,) = line("select", "--resident", "--rows=300", "--rounds=1", *sizes)["points"]
+    assert 0 < point["picked"] <= 60 and point["seconds"] > 0
+
+
+MODEL = ["--image=28", "--tower", "16", "2", "2", "24", "--text", "32", "6", "2", "48", "--vocab=64", "--length=24"]
+
+
+def test_extract():
+    found = line("extract", *MODEL, "--layers=5", "--rounds=2", "--against=pytorch")
+    assert found["least_cosine"] > 0.99999 and found["rows"] == 4 and found["image_tokens"] == 4
+    assert found["layers"] == 6 and found["layers_early"] == 5 and "SDPA" in found["peer"]
+    assert set(found["samples_per_s"]) == {"ours_full", "peer_full", "ours_early", "peer_early"}
+    for middle, low, high in found["speed_ratio"].values():
+        assert 0 < low <= middle <= high
+
+
+@pytest.mark.long
+def test_decode():
+    found = line("decode", *MODEL, "--new=5", "--rounds=3", "--against=pytorch")
+    assert found["equal_tokens"] == 1.0 and found["new_tokens"] == 5 and "generate" in found["peer"]
+    middle, low, high = found["speed_ratio"]["whole"]
+    assert 0 < low <= middle <= high and set(found["tokens_per_s"]) == {"ours", "peer"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "own"), [("extract", "--layers=5"), ("decode", "--new=5")])
+def test_share_of_the_peak(name, own):
+    found = line(name, *MODEL, own, "--rounds=2", "--rows", "1", "2", "--against=peak", "--peak_size=64")
+    assert [one["rows"] for one in found["swept"]] == [1, 2] and found["peak_tflops"] >= 0
+    assert found["precision"] == "float32" and found["parameters"] > 40_000
+
+
+def test_counted_flop_of_the_published_models():
+    """By hand: 2 a weight and token of LLaMA-7B's blocks, and the causal attention."""
+    keys = models.arguments("").parse_args(["--model=llava-1.5-7b", "--precision=bfloat16"])
+    cfg = models.config(keys)
+    tower = 2 * (23 * 12 * 1024**2 + 3 * 14**2 * 1024 + 1024 * 4096 + 4096**2) * 577 + 4 * 23 * 577**2 * 1024
+    blocks = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 1024 + 2 * 32 * 4096 * 1024 * 1025
+    assert models.encode_flops(cfg, 2, 1024) == 2 * (tower + blocks)
+    step = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32_064 * 4096)
+    assert models.decode_flops(cfg, 1, 9, 2) == 2 * step + 4 * 32 * 4096 * (10 + 11)
+    small = models.config(models.arguments("").parse_args(["--model=tinyllava-2.0b", "--precision=bfloat16"]))
+    assert small.image_tokens == 729 and models.described(keys, small)["parameters"] == 2_048_818_464

@@ -19,7 +19,7 @@ def test_every_key_is_read_by_some_file():
     assert not unread
 
 
-@pytest.mark.parametrize("name", ["demo", "llava_json", "llava15"])
+@pytest.mark.parametrize("name", ["demo", "llava_json", "llava15", "vision_flan"])
 def test_config_has_only_known_keys_and_every_stage_finds_its_own(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert pipeline.flatten(config).keys() == pipeline.flatten(common.defaults()).keys()

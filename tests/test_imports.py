@@ -19,7 +19,8 @@ MAY = {
     "dataset": {"dataset", "core"},
     **{stage: {stage, "dataset", "models", "kernels", "core"} for stage in STAGES},
     "pipeline": STAGES | {"pipeline", "dataset", "models", "kernels", "core"},
-    "main": {"main", "pipeline", "core"},
+    "plan": {"plan", "models", "core"},
+    "main": {"main", "pipeline", "plan", "core"},
 }
 
 
@@ -51,7 +52,7 @@ def test_only_checkpoint_imports_orbax():
 
 
 def test_kernels_import_only_jax_and_numpy():
-    for path in (PACKAGE / "kernels").glob("*.py"):
+    for path in (PACKAGE / "kernels").rglob("*.py"):
         for name in imported(path):
             assert name.split(".")[0] in {"jax", "numpy", "coincide_jax"} | set(sys.stdlib_module_names), (path, name)
 
@@ -84,7 +85,7 @@ def providers(folders: list[str]) -> dict[str, set[str]]:
     modules = {name.split(".")[0] for path in files for name in imported(path)}
     modules -= (
         set(sys.stdlib_module_names)
-        | {"coincide_jax", "configs"}
+        | {"coincide_jax", "configs", "benchmarks"}
         | {path.stem for path in (ROOT / "tests").rglob("*.py")}
     )
     distributions = importlib.metadata.packages_distributions()
@@ -94,7 +95,8 @@ def providers(folders: list[str]) -> dict[str, set[str]]:
 def test_requirements_are_exactly_what_is_imported():
     declared, used = requirements("install_requires"), providers(["coincide_jax", "configs"])
     assert {"jax", "numpy", "jinja2", "ml-collections"} <= declared
-    assert not {module for module, names in used.items() if not names & declared}
+    optional = requirements("extras_require", "convert")
+    assert not {module for module, names in used.items() if not names & (declared | optional)}
     assert not declared - set().union(*used.values())
 
 

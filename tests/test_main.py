@@ -105,6 +105,12 @@ def test_budget_outside_its_range(tmp_path, fraction):
     assert "select.fraction" in sentence(*own("none", tmp_path, f"--config.select.fraction={fraction}"))
 
 
+def test_a_plan_runs_nothing(tmp_path):
+    status, output = command.call(command.TINY, f"--workdir={tmp_path}/w", "--plan=1xCPU-8GB")
+    assert status == 0 and output.strip().splitlines()[-1].startswith("1xCPU-8GB: parameters")
+    assert not (tmp_path / "w").exists()
+
+
 def test_missing_file(tmp_path):
     assert f"{tmp_path}/none.json does not exist" in sentence(*own(tmp_path / "none.json", tmp_path))
 
@@ -143,3 +149,8 @@ def test_second_process_on_one_workdir(tmp_path):
         handle.write("4321")
         handle.flush()
         assert "in use by process 4321" in sentence(command.TINY, f"--workdir={tmp_path}")
+
+
+def test_an_argument_that_a_config_does_not_take_is_one_sentence():
+    status, output = command.call("--config=configs/llava15.py:x")
+    assert status == 2 and "takes no argument; found ':x'" in output

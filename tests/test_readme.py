@@ -21,7 +21,7 @@ README = (command.ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"<!-- (\w+) -->\n```(?:bash|python)?\n(.*?)```", README, re.S)
 ELSEWHERE = ("install", "test", "demo")  # .ci/run runs these as printed
 LONG = ("table", "long")  # minutes to hours: the long tests are them
-SHORT = {name: text for name, text in BLOCKS if name not in (*ELSEWHERE, *LONG, "own")}
+SHORT = {name: text for name, text in BLOCKS if name not in (*ELSEWHERE, *LONG, "own", "arrays", "plan")}
 NEEDS_PUBLISHED = ("llava15",)
 
 
@@ -64,7 +64,7 @@ def shell(text: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
 def test_every_command_has_a_name():
     fenced = re.findall(r"```(?:bash|python)\n", README)
     assert len(fenced) == len(BLOCKS) and len({name for name, _ in BLOCKS}) == len(BLOCKS)
-    assert {*ELSEWHERE, *LONG, "own", *NEEDS_PUBLISHED} <= {name for name, _ in BLOCKS}
+    assert {*ELSEWHERE, *LONG, "own", "arrays", "plan", *NEEDS_PUBLISHED} <= {name for name, _ in BLOCKS}
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))
@@ -100,3 +100,22 @@ def test_own_data_command_runs_as_printed(own_data, tmp_path):
     assert set(artifacts.read_json(workdir / "report" / "table.json")["rows"]) == {
         "coincide", "full", "random", "coincide_plus",
     }  # fmt: skip
+
+
+def test_plan_command_says_that_both_fit(tmp_path):
+    done = shell(dict(BLOCKS)["plan"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for devices in ("1xH100-80GB", "4xV100-32GB"):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(devices)]
+        assert re.search(r"total [\d.]+ of \d+: fits", line)
+
+
+def test_arrays_command_runs_as_printed(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(6, 40)) * 3
+    features = centres[np.arange(120) % 6] + rng.normal(size=(120, 40))
+    np.save(tmp_path / "f.npy", (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16))
+    text = dict(BLOCKS)["arrays"].rstrip().replace("=DIR", "=run").replace("FEATURES.npy", "f.npy")
+    done = shell(f"{text} --config.cluster.k=6", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 0 < len(np.load(tmp_path / "run/select/indices.npy")) <= 24

@@ -17,6 +17,8 @@ from coincide_jax.core import artifacts, axes
 from configs import common
 
 STAGES = {stage.name: stage for stage in pipeline.STAGES}
+# one of each file of curriculum/: those of a file are handed the same
+SAMPLERS = ("uniform", "easy_to_hard", "coincide_plus", "exp3_ix", "tsallis_inf", "odm", "progress", "skill_it")
 MADE = ("tokenizer", "base", "reference", "features", "centroids", "assignment", "selection")
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
 FORBIDDEN = ("task", "concept", "skill", "source", "origin", "id")
@@ -117,7 +119,7 @@ def make_all(config, folder: pathlib.Path, dataset: pathlib.Path, samplers=("coi
         "selection": (select / "indices.npy").read_bytes(),
     }
     for sampler in samplers:
-        config.curriculum.name = sampler
+        config.curriculum.update(name=sampler, pool="coreset" if sampler == "static" else "all")
         inputs = {"dataset": dataset, "base": base, "cluster": cluster, "select": select}
         train, of_target = make(config, "train", folder / sampler, **inputs)
         steps = artifacts.read_jsonl(train / "metrics.jsonl")
@@ -152,10 +154,10 @@ def made(tmp_path_factory):
         (top / "data").rename(top / f"{name} data")
         write_data(top / "data")
 
-    found = {"before": make_all(config, top / "before", dataset, curriculum.SAMPLERS)}
+    found = {"before": make_all(config, top / "before", dataset, SAMPLERS)}
     found["before"]["tokenizer"] = (dataset / "tokenizer.json").read_bytes()
     permute_forbidden(top / "data")
-    found["permuted"] = make_all(config, top / "permuted", dataset, curriculum.SAMPLERS)
+    found["permuted"] = make_all(config, top / "permuted", dataset, SAMPLERS)
     anew("permuted")
     for name, rows in (("unseen", unseen), ("pool", split["pool"])):
         words = tokenizer(rows, f"{name} words")
@@ -182,7 +184,13 @@ def test_the_base_has_its_own_records(made):
     assert made["base"]["base"] != made["before"]["base"]
 
 
-@pytest.mark.parametrize("what", [*MADE[1:], *curriculum.SAMPLERS])
+@pytest.mark.parametrize("what", [*MADE[1:], *SAMPLERS])
 def test_labels_ids_and_paths_change_nothing(made, what):
     """Picks, plans, probabilities, losses and weights are those of the same records under other names."""
     assert made["permuted"][what] == made["before"][what]
+
+
+def test_every_file_of_samplers_is_tried():
+    assert {curriculum.SAMPLERS[name].__module__ for name in SAMPLERS} == {
+        sampler.__module__ for sampler in curriculum.SAMPLERS.values()
+    }

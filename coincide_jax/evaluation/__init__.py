@@ -52,7 +52,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     """
     model = inputs["train"] / "model"
     split = artifacts.read_json(inputs["dataset"] / "split.json")
-    params, cfg, card = hf.load(model, mesh, config.device.precision)
+    params, cfg, card = hf.load(model, mesh, config.device.precision, storage="compute")
     dataset = Dataset.of_model(split, model, card, cfg.image_tokens, config.dataset)
     asked = ask(config.evaluate, split, inputs["dataset"])
     floors = Floors((dataset.records[i].task, dataset.records[i].turns) for i in split["pool"] if dataset.records[i])
