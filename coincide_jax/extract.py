@@ -145,14 +145,14 @@ class Captions:
 
     def __init__(self, tokenizer: Tokenizer, positions: int):
         self.tokenizer, self.positions = tokenizer, positions
-        self.start, self.end = (tokenizer.id_of(name) for name in (CLIP_START, CLIP_END))
-        if self.start is None or self.end is None:
+        self.start, self.eos_id = (tokenizer.id_of(name) for name in (CLIP_START, CLIP_END))
+        if self.start is None or self.eos_id is None:
             raise UserError(f"reference.path: the tokenizer lacks {CLIP_START} or {CLIP_END}; expected that of CLIP")
 
     def encode(self, turns: tuple[tuple[str, str], ...], has_image: bool) -> Encoded:
         """The text of a record; `image_start` is 0 if there is an image, which takes no position here."""
         ids = self.tokenizer.encode(" ".join(part for turn in turns for part in turn))
-        ids = np.asarray([self.start, *ids[: self.positions - 2], self.end], np.int32)
+        ids = np.asarray([self.start, *ids[: self.positions - 2], self.eos_id], np.int32)
         inside = np.ones(len(ids), bool)
         return Encoded(ids, 0 if has_image else -1, inside, inside)
 
@@ -219,10 +219,9 @@ def open_pairs(split: dict, folder: Path, card: dict, cfg: clip.CLIPConfig, conf
     if config.extract.scores:
         raise UserError(f"extract.scores is set but reference.path {folder} is CLIP, which predicts no answers")
     settings, positions = ConfigDict(config.dataset), cfg.text.positions
-    # 'phi' ends in a token that CLIP knows as well; Captions takes its place at once
-    settings.update(template="phi", system="", max_length=positions, buckets=(positions,))
-    data = Dataset.of_model(split, folder, card | {"template": "phi"}, 0, settings)
-    data.template, data.frame = Captions(data.tokenizer, positions), "crop"
+    settings.update(max_length=positions, buckets=(positions,))
+    texts = functools.partial(Captions, positions=positions)
+    data = Dataset.of_model(split, folder, card, 0, settings, template=texts, frame="crop")
     cut = int((data.lengths(split["pool"]) >= positions).sum())
     if cut:
         say("extract", f"{cut} records have {positions} tokens or more and are cut there")

@@ -158,24 +158,15 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: an unknown name, a number out of its range, broken questions.
     """
-    for kind, name, valid in (
-        ("curriculum.pool", config.curriculum.pool, training.POOLS),
-        ("cluster.mode", config.cluster.mode, ("exact", "sketch")),
-        ("cluster.init", config.cluster.init, ("random", "k-means++", "k-means||")),
-        ("cluster.product", config.cluster.product, ("auto", "float32", "bfloat16", "float16")),
-    ):
-        if name not in valid:
-            raise unknown(kind, name, valid)
+    if config.curriculum.pool not in training.POOLS:
+        raise unknown("curriculum.pool", config.curriculum.pool, training.POOLS)
     flat = flatten(config)
-    for key, least in (("cluster.seed", 0),
-                       ("cluster.k", 1), ("cluster.iterations", 1), ("cluster.chunk", 1), ("extract.num_layers", 1),
+    for key, least in (("extract.num_layers", 1),
                        ("extract.rows_per_device", 1), ("evaluate.rows", 1), ("evaluate.max_new_tokens", 1),
                        ("evaluate.bootstrap", 1), ("evaluate.limit", 0), ("dataset.limit", 0),
                        ("dataset.threads", 1), ("curriculum.round_steps", 1)):  # fmt: skip
         if flat[key] < least:
             raise UserError(f"{key} = {flat[key]}; expected {least} or more")
-    if config.curriculum.lag not in (0, 1):
-        raise UserError(f"curriculum.lag is {config.curriculum.lag}; expected 0 or 1")
     if config.curriculum.difficulty and (config.extract.features or not config.extract.scores):
         raise UserError(
             f"curriculum.difficulty is '{config.curriculum.difficulty}', a score of the reference model; it takes "
@@ -189,6 +180,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "there would be no questions: dataset.share_heldout is 0 and evaluate.questions names no folder"
         )
+    cluster.check(config)
     selection.check(config)
     if config.cluster.centre and config.select.intra == "nearest":
         raise UserError("select.intra is 'nearest' but cluster.centre is set: its centroids are not those of the rows")

@@ -40,3 +40,12 @@ def get_config(rows: str = "one") -> ConfigDict:
         config.cluster.k = 12
         config.base.epochs = config.train.epochs = 1.0
     return config.lock()
+
+
+def of_one_size(name: str, rows: str = "one") -> ConfigDict:
+    """The demo under another name, for tables whose rows all hold exactly their budget (sequential allocation may fall
+    short of it, by another number in each row)."""
+    config = get_config(rows).unlock()
+    config.name = config.name.replace("demo", name)
+    config.select.allocation = "exact"
+    return config.lock()

@@ -12,7 +12,7 @@ import weights
 from PIL import Image
 
 from coincide_jax import extract
-from coincide_jax.core import artifacts, axes
+from coincide_jax.core import artifacts, axes, store
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import images, tokenizer
 from coincide_jax.models import vlm
@@ -209,7 +209,7 @@ def test_clip_alone_can_be_the_reference(alone, tmp_path):
     with jax.set_mesh(mesh):
         summary = extract.run(config, {"dataset": root / "dataset"}, tmp_path, mesh)
     assert summary["width"] == 32 and summary["taps"] == ["joint"] and summary["records"] == 4
-    found = np.asarray(artifacts.read_features(tmp_path / "features.zarr")[:], np.float32)
+    found = np.asarray(store.open_features(tmp_path / "features.zarr")[:], np.float32)
     mean, std = (np.asarray(part, np.float32) for part in (vlm.CLIP_MEAN, vlm.CLIP_STD))
     for number, turns in enumerate(TURNS):
         words = ids.encode(" ".join(text for turn in turns for text in turn))[: POSITIONS - 2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coincide_jax import pipeline
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, store
 
 CONTRACT = (
     "dataset/split.json",
@@ -63,7 +63,7 @@ def test_every_contracted_file_is_there(finished):
     workdir, output = finished
     assert not [name for name in CONTRACT if not (workdir / name).is_file()]
     assert (workdir / "train" / "checkpoints").is_dir() and (workdir / "train" / "export").is_dir()
-    features = artifacts.read_features(workdir / "extract" / "features.zarr")
+    features = store.open_features(workdir / "extract" / "features.zarr")[:]
     split = artifacts.read_json(workdir / "dataset" / "split.json")
     assignment = np.load(workdir / "cluster" / "assignment.npy")
     centroids = np.load(workdir / "cluster" / "centroids.npy")

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from coincide_jax import extract, pipeline
-from coincide_jax.core import artifacts, axes
+from coincide_jax.core import artifacts, axes, store
 from coincide_jax.dataset import Dataset, batches, tokenizer
 from coincide_jax.models import hf
 from configs import llava_json
@@ -66,7 +66,7 @@ def test_reference_and_target_keep_their_own_templates(run):
     work, _, _ = run
     split = artifacts.read_json(work / "dataset/split.json")
     assert split["base"] == [] and not (work / "base").exists() and not (work / "reference").exists()
-    found = artifacts.read_features(work / "extract/features.zarr")
+    found = store.open_features(work / "extract/features.zarr")[:]
     assert found.shape == (split["n"], 2 * 2 * 64)
     rows = found[split["pool"]].astype(np.float32)
     np.testing.assert_allclose((rows * rows).sum(1), 1.0, atol=2e-3)

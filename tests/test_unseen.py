@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from coincide_jax import curriculum, pipeline
-from coincide_jax.core import artifacts, axes
+from coincide_jax.core import artifacts, axes, store
 from configs import common
 
 STAGES = {stage.name: stage for stage in pipeline.STAGES}
@@ -113,7 +113,7 @@ def make_all(config, folder: pathlib.Path, dataset: pathlib.Path, samplers=("coi
     found = {
         "base": of_base["fingerprint"],
         "reference": of_reference["fingerprint"],
-        "features": artifacts.read_features(extract / "features.zarr").tobytes(),
+        "features": store.open_features(extract / "features.zarr")[:].tobytes(),
         "centroids": (cluster / "centroids.npy").read_bytes(),
         "assignment": (cluster / "assignment.npy").read_bytes(),
         "selection": (select / "indices.npy").read_bytes(),

@@ -19,6 +19,24 @@ STAGE_VERSION = 2
 KEYS = ("cluster", "extract.features")
 
 
+def check(config) -> None:
+    """Finds what `config.cluster` can get wrong, before anything runs.
+
+    Raises:
+      UserError: an unknown word, a number out of its range.
+    """
+    keys = config.cluster
+    for name, valid in (("mode", centres.MODES), ("init", kmeans.INITS), ("product", centres.PRODUCTS)):
+        if keys[name] not in valid:
+            raise unknown(f"cluster.{name}", keys[name], valid)
+    for name in ("k", "iterations", "chunk", "checkpoint_every", "sketch_rank"):
+        if keys[name] < 1:
+            raise UserError(f"cluster.{name} = {keys[name]}; expected 1 or more")
+    for name in ("seed", "memory_mib", "max_points_per_centroid"):
+        if keys[name] < 0:
+            raise UserError(f"cluster.{name} = {keys[name]}; expected 0 or more")
+
+
 def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
     """Runs the stage; writes centroids.npy f32[K, D], assignment.npy i32[N], history.json, quality.json, audit.parquet.
 
@@ -26,10 +44,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
       UserError: unknown mode, features that do not fit the data set, are not finite or too large, no valid record,
         centroids and assignment that do not fit each other or the features.
     """
+    check(config)
     keys = config.cluster
-    for name, valid in (("mode", centres.MODES), ("init", kmeans.INITS), ("product", centres.PRODUCTS)):
-        if keys[name] not in valid:
-            raise unknown(f"cluster.{name}", keys[name], valid)
     path = pathlib.Path(config.extract.features or inputs["extract"] / "features.zarr")
     features = store.open_features(path)
     rows = np.flatnonzero(_valid(inputs, path, len(features)))

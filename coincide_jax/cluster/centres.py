@@ -1,5 +1,7 @@
 """Runs k-means for the stage: budget, start, mode, checkpoints, what is shown meanwhile."""
 
+import hashlib
+import os
 import pathlib
 import time
 
@@ -15,6 +17,7 @@ from coincide_jax.kernels.kmeans import sketch
 MODES = ("exact", "sketch")
 PRODUCTS = ("auto", "float32", "bfloat16", "float16")
 STATE = "state.npz"  # where the clustering stands; gone when the stage is complete
+SEAL = 32  # bytes of a SHA-256
 POLISH = 3e-4  # share of the objective that an exact iteration after a sketch must still win
 
 
@@ -46,14 +49,8 @@ def find(keys, usable, out: pathlib.Path, mesh) -> tuple[np.ndarray, np.ndarray,
       centroids f32[K, D], labels i32[n], history {name: list}, what the stage's summary tells.
 
     Raises:
-      UserError: a key outside its range.
+      UserError: what k-means finds wrong with the keys.
     """
-    for name in ("k", "iterations", "chunk", "checkpoint_every", "sketch_rank"):
-        if keys[name] < 1:
-            raise UserError(f"cluster.{name} is {keys[name]}; expected at least 1")
-    for name in ("memory_mib", "max_points_per_centroid"):
-        if keys[name] < 0:
-            raise UserError(f"cluster.{name} is {keys[name]}; expected 0 or more")
     k = min(keys.k, len(usable))
     if k < keys.k:
         say("cluster", f"warning: cluster.k={keys.k} is above the {len(usable)} valid records; going on with {k}")
@@ -114,21 +111,31 @@ def _note(at: dict, rows: int) -> str:
 
 
 def _save(path: pathlib.Path, state: kmeans.State) -> None:
-    with artifacts.atomic(path) as temporary, open(temporary, "wb") as file:
+    """Writes the state, and behind it the SHA-256 of what stands before."""
+    with artifacts.atomic(path) as temporary, open(temporary, "w+b") as file:
         np.savez(file, **state._asdict())
+        file.seek(0)
+        seal = hashlib.file_digest(file, "sha256").digest()
+        file.seek(0, os.SEEK_END)
+        file.write(seal)
+
+
+def _whole(path: pathlib.Path) -> bool:
+    """Whether a file is as `_save` left it. Asked before it is parsed: of damaged bytes zipfile and NumPy make nearly
+    any exception."""
+    data = path.read_bytes()
+    return hashlib.sha256(memoryview(data)[:-SEAL]).digest() == data[-SEAL:]
 
 
 def _resume(path: pathlib.Path, rows: int, k: int, width: int) -> kmeans.State | None:
-    """The state that an interrupted run left, if it is whole."""
+    """The state that an interrupted run left, if it is whole and of this clustering."""
     if not path.exists():
         return None
-    try:
+    state = None
+    if _whole(path):
         with np.load(path) as held:
-            state = kmeans.State.of(held["centroids"], held["assignment"], held["history"])
-            same = state.digest == str(held["digest"])
-    except Exception:  # damaged bytes make zipfile and NumPy raise nearly anything: BadZipFile, NotImplementedError, …
-        same = False
-    if not same or state.centroids.shape != (k, width) or len(state.assignment) != rows:
+            state = kmeans.State(**held)
+    if state is None or state.centroids.shape != (k, width) or len(state.assignment) != rows:
         say("cluster", f"{path} is damaged; the clustering begins again")
         return None
     say("cluster", f"goes on after iteration {len(state.history)}")

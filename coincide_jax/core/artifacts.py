@@ -147,24 +147,3 @@ def create_features(path: pathlib.Path, rows: int, width: int) -> ts.TensorStore
         ],
     }
     return ts.open(zarr_spec(path) | {"metadata": metadata}, create=True, open=True).result()
-
-
-def read_features(path: pathlib.Path) -> np.ndarray:
-    """Reads features `[N, D]` whole, from a zarr store or a .npy file (the authors' `tan_act.npy` included).
-
-    Raises:
-      UserError: missing, not two-dimensional, unreadable (missing shard, failed checksum).
-    """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise UserError(f"features {path} do not exist")
-    if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r")
-    else:
-        try:
-            array = ts.open(zarr_spec(path)).result().read().result()
-        except ValueError as error:
-            raise UserError(f"features {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if array.ndim != 2:
-        raise UserError(f"features {path} have shape {array.shape}; expected [records, width]")
-    return array

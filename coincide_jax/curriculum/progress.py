@@ -61,11 +61,5 @@ def progress(settings: Settings, facts: Pool | None) -> Sampler:
             progress=jnp.where(measured & (state.times > 0), change, 0.0),
         )
 
-    def update(state: ProgressState, arms, losses, weight) -> ProgressState:
-        if settings.probe:
-            return state
-        period, over, means = rewards.gather(state.period, arms, losses, weight, settings.round_steps)
-        state = state._replace(period=period)
-        return jax.tree.map(lambda new, old: jnp.where(over, new, old), probe(state, means), state)
-
+    update = rewards.by_rounds(probe, settings)
     return Sampler(init, probabilities, update, probe=probe if settings.probe else None)

@@ -126,3 +126,17 @@ def gather(period: Period, arms, losses, weight, steps: int) -> tuple[Period, ja
     empty = begin(total.shape[0])
     full = Period(total, count, period.steps + 1)
     return jax.tree.map(lambda new, old: jnp.where(over, new, old), empty, full), over, means
+
+
+def by_rounds(probe, settings):
+    """`update` of a sampler that goes by one measurement a round: a probe's, or, with `settings.probe` = 0, the mean
+    training losses of the round, handed to `probe(state, values f32[K]) -> state`. The state has a field `period`."""
+
+    def update(state, arms, losses, weight):
+        if settings.probe:
+            return state
+        period, over, means = gather(state.period, arms, losses, weight, settings.round_steps)
+        state = state._replace(period=period)
+        return jax.tree.map(lambda new, old: jnp.where(over, new, old), probe(state, means), state)
+
+    return update

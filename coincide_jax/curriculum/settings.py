@@ -86,6 +86,8 @@ class Settings:
         for key, valid in CHOICES.items():
             if getattr(self, key) not in valid:
                 raise unknown(f"curriculum.{key}", getattr(self, key), [word for word in valid if word])
+        if self.lag not in (0, 1):
+            raise UserError(f"curriculum.lag is {self.lag}; expected 0 or 1")
         for key, (low, high) in RANGES.items():
             if not low <= getattr(self, key) <= high:
                 wanted = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"

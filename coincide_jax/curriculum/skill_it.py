@@ -49,11 +49,5 @@ def skill_it(settings: Settings, facts: Pool | None) -> Sampler:
         values = jnp.where(jnp.isfinite(values), jnp.clip(values, 0.0, bandits.LOSS_CEILING), state.losses[-1])
         return state._replace(losses=jnp.concatenate([state.losses[1:], values[None]]), times=state.times + 1)
 
-    def update(state: SkillState, arms, losses, weight) -> SkillState:
-        if settings.probe:
-            return state
-        period, over, means = rewards.gather(state.period, arms, losses, weight, settings.round_steps)
-        state = state._replace(period=period)
-        return jax.tree.map(lambda new, old: jnp.where(over, new, old), probe(state, means), state)
-
+    update = rewards.by_rounds(probe, settings)
     return Sampler(init, probabilities, update, probe=probe if settings.probe else None)

@@ -6,7 +6,7 @@ trained before it has ended, so held-out rows are in no model.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -53,13 +53,18 @@ class Dataset:
 
     def __init__(
         self, records: Sequence[source.Record | None], folder: pathlib.Path, tokenizer, settings,
-        image_size: int, image_tokens: int, template: str, mean: Sequence[float],
+        image_size: int, image_tokens: int, template: str | Callable, mean: Sequence[float], frame: str = "pad",
     ):  # fmt: skip
         self.records, self.folder, self.tokenizer = records, folder, tokenizer
         self.image_size, self.image_tokens, self.threads = image_size, image_tokens, settings.threads
-        self.background, self.frame = tuple(int(255 * channel) for channel in mean), "pad"
+        self.background, self.frame = tuple(int(255 * channel) for channel in mean), frame
         self.buckets = _checked_buckets(settings.buckets, settings.max_length)
-        self.template = conversation.Template(template, tokenizer, settings.system, image_tokens, settings.max_length)
+        if isinstance(template, str):
+            self.template = conversation.Template(
+                template, tokenizer, settings.system, image_tokens, settings.max_length
+            )
+        else:
+            self.template = template(tokenizer)
         self.eos_id, self.pad_id, self.vocab_size = self.template.eos_id, 0, tokenizer.vocab_size
         self._sequences, self._pixels = images.Cache(TOKEN_CACHE_BYTES), images.Cache(settings.cache_mib << 20)
         self._told: set[int] = set()
@@ -67,7 +72,7 @@ class Dataset:
     @classmethod
     def open(
         cls, split: dict, part_file: str, *, tokenizer_path: pathlib.Path, settings,
-        image_size: int, image_tokens: int, template: str, mean: Sequence[float],
+        image_size: int, image_tokens: int, template: str | Callable, mean: Sequence[float], frame: str = "pad",
     ) -> "Dataset":  # fmt: skip
         """Opens the records that a split names.
 
@@ -78,8 +83,9 @@ class Dataset:
           settings: `config.dataset` (system, max_length, buckets, threads, cache_mib).
           image_size: pixels of the model's square input.
           image_tokens: positions that an image takes.
-          template: of the model's conversations.
+          template: name of the model's conversations, or tokenizer → what encodes a record in their place.
           mean: of the model's channels, of images in [0, 1]; padding takes its colour.
+          frame: how an image becomes a square (`images.load`).
 
         Raises:
           UserError: unreadable records or tokenizer; buckets or max_length that do not fit.
@@ -92,25 +98,31 @@ class Dataset:
         records = [record if index in kept else None for index, record in enumerate(records)]
         tokenizer = tokenizers.Tokenizer.load(tokenizer_path)
         folder = pathlib.Path(split["images"])
-        return cls(records, folder, tokenizer, settings, image_size, image_tokens, template, mean)
+        return cls(records, folder, tokenizer, settings, image_size, image_tokens, template, mean, frame)
 
     @classmethod
-    def of_model(cls, split: dict, folder: pathlib.Path, card: dict, image_tokens: int, settings) -> "Dataset":
+    def of_model(
+        cls, split: dict, folder: pathlib.Path, card: dict, image_tokens: int, settings, *,
+        template: Callable | None = None, frame: str = "pad",
+    ) -> "Dataset":  # fmt: skip
         """The split's records as the model of a folder reads them: its tokenizer, image size, template and mean.
 
         The template is the model's own, since a run may read its reference with one and its target with another;
-        `dataset.template` is that of the models made here.
+        `dataset.template` is that of the models made here. A model without conversations brings a `template`, as `open`
+        takes it.
 
         Raises:
           UserError: unreadable records or tokenizer; a tokenizer with more entries than the model has.
         """
-        if card["template"] != settings.template:
-            say("dataset", f"{folder} is read with its own template, {card['template']}")
-        if card.get("system", settings.system) != settings.system:
-            say("dataset", f"{folder} was tuned with another system prompt than dataset.system")
+        if template is None:
+            template = card["template"]
+            if template != settings.template:
+                say("dataset", f"{folder} is read with its own template, {template}")
+            if card.get("system", settings.system) != settings.system:
+                say("dataset", f"{folder} was tuned with another system prompt than dataset.system")
         data = cls.open(
             split, "records", tokenizer_path=folder / "tokenizer.json", settings=settings,
-            image_size=card["image_size"], image_tokens=image_tokens, template=card["template"], mean=card["mean"],
+            image_size=card["image_size"], image_tokens=image_tokens, template=template, mean=card["mean"], frame=frame,
         )  # fmt: skip
         if data.vocab_size > card["vocab"]:
             raise UserError(

@@ -92,6 +92,39 @@ def norm(width: int, bias: bool, source: str, layers: int = 0) -> dict[str, Leaf
     return leaves
 
 
+def encoder_blocks(
+    width: int,
+    heads: int,
+    mlp: int,
+    layers: int,
+    source: str,
+    names: dict[str, str],
+    up: str = "up",
+    down: str = "down",
+) -> dict[str, Leaf]:
+    """Parameters of an encoder's stacked blocks, with biases everywhere and layer norms: those of ViTs and of BERT.
+
+    source: prefix of a block in the file; names: the file's name of norm1, norm2, q, k, v, o and of what `up` and
+    `down` name there.
+    """
+    own, columns = {"width": width}, {"mlp": mlp}
+    model, head = {"embed": width}, {"heads": heads, "head_dim": width // heads}
+    blocks = {
+        "norm1": norm(width, True, f"{source}.{names['norm1']}", layers),
+        "norm2": norm(width, True, f"{source}.{names['norm2']}", layers),
+        "wo": matrix(head, model, f"{source}.{names['o']}.weight", layers=layers),
+        "bo": vector(own, "zeros", f"{source}.{names['o']}.bias", layers),
+        "up": matrix(model, columns, f"{source}.{names[up]}.weight", layers=layers),
+        "up_bias": vector(columns, "zeros", f"{source}.{names[up]}.bias", layers),
+        "down": matrix(columns, model, f"{source}.{names[down]}.weight", layers=layers),
+        "down_bias": vector(own, "zeros", f"{source}.{names[down]}.bias", layers),
+    }
+    for name in "qkv":
+        blocks[f"w{name}"] = matrix(model, head, f"{source}.{names[name]}.weight", layers=layers)
+        blocks[f"b{name}"] = vector(head, "zeros", f"{source}.{names[name]}.bias", layers)
+    return blocks
+
+
 def is_leaf(node) -> bool:
     """For `jax.tree.map(..., is_leaf=is_leaf)` over an abstract tree."""
     return isinstance(node, Leaf)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from coincide_jax.core.axes import row_sharding, use
 from coincide_jax.core.errors import UserError
-from coincide_jax.models.layers import MASKED, Leaf, activate, layer_norm, matrix, norm, run_blocks, vector
+from coincide_jax.models.layers import MASKED, Leaf, activate, encoder_blocks, layer_norm, matrix, norm, run_blocks
 
 OLD_EOS = 2  # eos_id of published CLIP cards, none of their tokens: the text ends at its highest id instead
 NAMES = {
@@ -64,22 +64,7 @@ class TextConfig:
 
 def abstract(cfg: TextConfig) -> dict:
     """The tower's parameters. "norm" is CLIP's closing norm, BERT's norm of the embeddings."""
-    names, layers, own, mlp = NAMES[cfg.family], cfg.depth, {"width": cfg.width}, {"mlp": cfg.mlp}
-    width, heads = {"embed": cfg.width}, {"heads": cfg.heads, "head_dim": cfg.width // cfg.heads}
-    source = names["layer"]
-    blocks = {
-        "norm1": norm(cfg.width, True, f"{source}.{names['norm1']}", layers),
-        "norm2": norm(cfg.width, True, f"{source}.{names['norm2']}", layers),
-        "wo": matrix(heads, width, f"{source}.{names['o']}.weight", layers=layers),
-        "bo": vector(own, "zeros", f"{source}.{names['o']}.bias", layers),
-        "up": matrix(width, mlp, f"{source}.{names['up']}.weight", layers=layers),
-        "up_bias": vector(mlp, "zeros", f"{source}.{names['up']}.bias", layers),
-        "down": matrix(mlp, width, f"{source}.{names['down']}.weight", layers=layers),
-        "down_bias": vector(own, "zeros", f"{source}.{names['down']}.bias", layers),
-    }
-    for name in "qkv":
-        blocks[f"w{name}"] = matrix(width, heads, f"{source}.{names[name]}.weight", layers=layers)
-        blocks[f"b{name}"] = vector(heads, "zeros", f"{source}.{names[name]}.bias", layers)
+    names = NAMES[cfg.family]
 
     def table(name: str, rows: int, axes: tuple[str, str]) -> Leaf:
         return Leaf((rows, cfg.width), axes, "normal", 0.02, names[name], 0, (rows, cfg.width))
@@ -88,7 +73,7 @@ def abstract(cfg: TextConfig) -> dict:
         "embed": table("embed", cfg.vocab, ("vocab", "embed")),
         "position": table("position", cfg.positions, ("position", "width")),
         "norm": norm(cfg.width, True, names["norm"]),
-        "blocks": blocks,
+        "blocks": encoder_blocks(cfg.width, cfg.heads, cfg.mlp, cfg.depth, names["layer"], names),
     }
     if cfg.types:
         leaves["type"] = table("type", cfg.types, ("position", "width"))

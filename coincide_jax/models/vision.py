@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coincide_jax.core.axes import row_sharding, use
-from coincide_jax.models.layers import Leaf, activate, attention, layer_norm, matrix, norm, run_blocks, vector
+from coincide_jax.models.layers import Leaf, activate, attention, encoder_blocks, layer_norm, norm, run_blocks, vector
 
 SOURCE = "vision_tower.vision_model"
 SOURCES = {"clip": SOURCE, "siglip": SOURCE, "dinov2": "vision_tower"}
@@ -125,25 +125,11 @@ def abstract(cfg: VisionConfig) -> dict:
 
 def abstract_blocks(cfg: VisionConfig, source: str, names: dict[str, str]) -> dict:
     """Stacked parameters of the blocks; `source` is a block's prefix."""
-    layers, own, mlp = cfg.depth, {"width": cfg.width}, {"mlp": cfg.mlp}
-    width, heads = {"embed": cfg.width}, {"heads": cfg.heads, "head_dim": cfg.width // cfg.heads}
     up, down = ("gate_up", "gated_down") if cfg.gated_mlp else ("up", "down")
-    blocks = {
-        "norm1": norm(cfg.width, True, f"{source}.{names['norm1']}", layers),
-        "norm2": norm(cfg.width, True, f"{source}.{names['norm2']}", layers),
-        "wo": matrix(heads, width, f"{source}.{names['o']}.weight", layers=layers),
-        "bo": vector(own, "zeros", f"{source}.{names['o']}.bias", layers),
-        "up": matrix(width, mlp, f"{source}.{names[up]}.weight", layers=layers),
-        "up_bias": vector(mlp, "zeros", f"{source}.{names[up]}.bias", layers),
-        "down": matrix(mlp, width, f"{source}.{names[down]}.weight", layers=layers),
-        "down_bias": vector(own, "zeros", f"{source}.{names[down]}.bias", layers),
-    }
-    for name in "qkv":
-        blocks[f"w{name}"] = matrix(width, heads, f"{source}.{names[name]}.weight", layers=layers)
-        blocks[f"b{name}"] = vector(heads, "zeros", f"{source}.{names[name]}.bias", layers)
+    blocks = encoder_blocks(cfg.width, cfg.heads, cfg.mlp, cfg.depth, source, names, up, down)
     if cfg.layer_scale:
         for name in ("layer_scale1", "layer_scale2"):
-            blocks[name] = vector(own, "ones", f"{source}.{name}.lambda1", layers)
+            blocks[name] = vector({"width": cfg.width}, "ones", f"{source}.{name}.lambda1", cfg.depth)
     if cfg.gated_mlp:
         # the file has gate and up as one tensor, gate first
         for name in ("up", "up_bias"):

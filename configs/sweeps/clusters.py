@@ -18,10 +18,7 @@ from configs import demo
 
 def get_config(rows: str = "one") -> ConfigDict:
     """The demo's sizes; `rows` as there: 'one', 'table' or 'tiny'."""
-    config = demo.get_config(rows)
-    config.name = config.name.replace("demo", "clusters")
-    config.select.allocation = "exact"
-    return config
+    return demo.of_one_size("clusters", rows)
 
 
 def sweep(add) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from coincide_jax.core import artifacts
+from coincide_jax.core import store as stores
 from coincide_jax.core.errors import UserError, unknown
 
 
@@ -28,14 +29,14 @@ def shards(path):
 def test_rows_come_back(store):
     path, rows = store
     assert len(shards(path)) == 3
-    np.testing.assert_array_equal(artifacts.read_features(path), rows)
+    np.testing.assert_array_equal(stores.open_features(path)[:], rows)
 
 
 @pytest.mark.parametrize("shard", [0, 1, 2])
 def test_a_missing_shard_is_an_error(store, shard):
     shards(store[0])[shard].unlink()
     with pytest.raises(UserError, match=r"features\.zarr"):
-        artifacts.read_features(store[0])
+        stores.open_features(store[0])[:]
 
 
 @pytest.mark.parametrize("shard", [0, 1, 2])
@@ -45,16 +46,16 @@ def test_a_flipped_bit_is_an_error(store, shard):
     data[5] ^= 4
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"features\.zarr"):
-        artifacts.read_features(store[0])
+        stores.open_features(store[0])[:]
 
 
 def test_npy_is_the_same_thing(tmp_path):
     array = np.ones((3, 2), np.float16)
     artifacts.write_npy(tmp_path / "a.npy", array)
-    np.testing.assert_array_equal(artifacts.read_features(tmp_path / "a.npy"), array)
+    np.testing.assert_array_equal(stores.open_features(tmp_path / "a.npy")[:], array)
     artifacts.write_npy(tmp_path / "b.npy", array[0])
     with pytest.raises(UserError, match="shape"):
-        artifacts.read_features(tmp_path / "b.npy")
+        stores.open_features(tmp_path / "b.npy")[:]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

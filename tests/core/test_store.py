@@ -130,14 +130,20 @@ def hold(path, first, ready, done) -> None:
         done.wait(60)
 
 
-def test_a_store_that_another_process_writes(tmp_path, rows):
-    path = tmp_path / "features.zarr"
+def begun(path):
+    """A new store, and another process that is writing its second shard until the event is set."""
     writer = store.create(path, N, WIDTH)
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold, args=(path, 8, ready, done))
     other.start()
     assert ready.wait(60)
+    return writer, other, done
+
+
+def test_a_store_that_another_process_writes(tmp_path, rows):
+    path = tmp_path / "features.zarr"
+    writer, other, done = begun(path)
     with pytest.raises(UserError, match=f"are being written by process {other.pid}; rows 0 to 7 are not finished"):
         store.open_features(path)
     with pytest.raises(UserError, match=f"shard at row 8 is being written by process {other.pid}"):
@@ -181,12 +187,7 @@ def test_no_room_for_a_shard_is_one_sentence_and_leaves_the_others(tmp_path, mon
 
 def test_a_killed_writer_blocks_nobody(tmp_path, rows):
     path = tmp_path / "features.zarr"
-    writer = store.create(path, N, WIDTH)
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(path, 8, ready, done))
-    other.start()
-    assert ready.wait(60)
+    writer, other, _ = begun(path)
     os.kill(other.pid, 9)
     other.join()
     time.sleep(0.01)

@@ -15,7 +15,6 @@ another), else three tiles; `chunk · K` float32 scores, and about `80 · K · D
 host: three tiles, the centroids, about 60 bytes a row and some 200 more while a pass is planned.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -54,13 +53,11 @@ class State(NamedTuple):
     centroids: np.ndarray  # f32[K, D] of the next iteration
     assignment: np.ndarray  # i32[N] of the last one
     history: np.ndarray  # f64[T, 6], the columns of `HISTORY`
-    digest: str  # SHA-256 of all three
 
     @classmethod
     def of(cls, centroids, assignment: np.ndarray, history) -> "State":
-        """A state with its digest. It has its own copy of the assignment: `fit` goes on to change the one it gave."""
-        parts = np.asarray(centroids, np.float32), np.array(assignment, np.int32), np.asarray(history, np.float64)
-        return cls(*parts, hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest())
+        """A state with its own copy of the assignment: `fit` goes on to change the one it gave."""
+        return cls(np.asarray(centroids, np.float32), np.array(assignment, np.int32), np.asarray(history, np.float64))
 
 
 def fit(

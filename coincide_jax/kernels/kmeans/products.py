@@ -34,6 +34,7 @@ def over_rows(function, over: str, out=None):
 
 
 def everywhere(*values):
+    """The rows of all devices on each of them, of arrays whose rows the devices share; inside `over_rows`."""
     return tuple(jax.lax.all_gather(value, AXES, tiled=True) for value in values)
 
 
