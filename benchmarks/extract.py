@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from benchmarks import models
-from coincide_jax import extract
 from coincide_jax.core import axes
+from coincide_jax.extract import activations
 
 
 def peer_features(model, inputs: dict, batch: dict, taps: tuple[int, ...], held: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def against_pytorch(keys) -> dict:
 
     mesh, sizes = models.one_device_mesh(), models.config(keys)
     depth = sizes.decoder.depth
-    taps = extract.spread_taps(depth, 5)
+    taps = activations.spread_taps(depth, 5)
     if taps[-1] >= keys.layers:
         raise SystemExit(f"--layers={keys.layers} ends before the last tapped layer, {taps[-1]}")
     on_host = models.draw_batch(sizes, *keys.rows, keys.length, keys.seed)
@@ -70,7 +70,7 @@ def against_pytorch(keys) -> dict:
         runs = {}
         for name, held in (("full", depth), ("early", keys.layers)):
             params, cfg = models.load(pathlib.Path(folder), keys, mesh, held)
-            runs[f"ours_{name}"] = lambda p=params, c=cfg: extract.features(p, batch, c, taps)["features"]
+            runs[f"ours_{name}"] = lambda p=params, c=cfg: activations.features(p, batch, c, taps)["features"]
             runs[f"peer_{name}"] = lambda h=held: peer_features(model, inputs, on_host, taps, h)
         found, first, seconds = models.alternate(runs, keys.rounds)
     wide = {name: np.asarray(rows, np.float64) for name, rows in found.items()}
@@ -97,7 +97,7 @@ def against_peak(keys) -> dict:
     """The line of the utilisation, batch by batch until the memory is full."""
     mesh, whole = models.one_device_mesh(), models.config(keys)
     cfg = models.shortened(whole, keys.layers)
-    taps = extract.spread_taps(whole.decoder.depth, 5)
+    taps = activations.spread_taps(whole.decoder.depth, 5)
     with jax.set_mesh(mesh):
         peak = models.matmul_peak(cfg.precision.dtype, keys.peak_size)
         params, swept = models.draw_params(cfg, mesh, keys.seed), []
@@ -105,7 +105,7 @@ def against_peak(keys) -> dict:
             batch = axes.put_batch(models.draw_batch(cfg, rows, keys.length, keys.seed), mesh)
             try:
                 _, _, seconds = models.alternate(
-                    {"ours": lambda b=batch: extract.features(params, b, cfg, taps)["features"]}, keys.rounds
+                    {"ours": lambda b=batch: activations.features(params, b, cfg, taps)["features"]}, keys.rounds
                 )
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):

@@ -15,6 +15,7 @@ from coincide_jax import extract
 from coincide_jax.core import artifacts, axes, store
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import images, tokenizer
+from coincide_jax.extract import activations
 from coincide_jax.models import vlm
 from configs import common
 
@@ -55,16 +56,16 @@ def one_device():
 
 
 def test_published_taps():
-    assert extract.spread_taps(24, 5) == (3, 7, 11, 15, 19)
-    assert extract.spread_taps(6, 5) == (0, 1, 2, 3, 4)
-    assert extract.spread_taps(4, 5) == (0, 1, 2, 3)
+    assert activations.spread_taps(24, 5) == (3, 7, 11, 15, 19)
+    assert activations.spread_taps(6, 5) == (0, 1, 2, 3, 4)
+    assert activations.spread_taps(4, 5) == (0, 1, 2, 3)
 
 
 def test_features_are_the_formula():
     mesh, batch, taps = one_device(), tiny_batch(), (0, 1, 2, 3, 4)
     with jax.set_mesh(mesh):
         params, put = tiny_params(mesh), axes.put_batch(batch, mesh)
-        found = np.asarray(extract.features(params, put, CFG, taps)["features"])
+        found = np.asarray(activations.features(params, put, CFG, taps)["features"])
         raw = np.asarray(vlm.forward(params, put, CFG, tap=lambda z: z).taps).astype(np.float64)
     for row in range(ROWS):
         parts = []
@@ -92,7 +93,8 @@ def test_early_exit_gives_the_same_bits():
         held = jax.tree.map(lambda leaf: leaf[:3], params["decoder"]["blocks"])
         cut = params | {"decoder": params["decoder"] | {"blocks": held}}
         np.testing.assert_array_equal(
-            extract.features(cut, put, CFG, (0, 2))["features"], extract.features(params, put, CFG, (0, 2))["features"]
+            activations.features(cut, put, CFG, (0, 2))["features"],
+            activations.features(params, put, CFG, (0, 2))["features"],
         )
 
 
@@ -106,10 +108,14 @@ def test_one_device_equals_eight_bitwise():
     with jax.set_mesh(mesh):
         params = tiny_params(mesh)
         groups = [{name: value[i * ROWS : (i + 1) * ROWS] for name, value in wide.items()} for i in range(8)]
-        alone = [np.asarray(extract.features(params, axes.put_batch(g, mesh), CFG, taps)["features"]) for g in groups]
+        alone = [
+            np.asarray(activations.features(params, axes.put_batch(g, mesh), CFG, taps)["features"]) for g in groups
+        ]
     mesh = axes.make_mesh()
     with jax.set_mesh(mesh):
-        together = np.asarray(extract.features(tiny_params(mesh), axes.put_batch(wide, mesh), CFG, taps)["features"])
+        together = np.asarray(
+            activations.features(tiny_params(mesh), axes.put_batch(wide, mesh), CFG, taps)["features"]
+        )
     np.testing.assert_array_equal(together.view(np.uint16), np.concatenate(alone).view(np.uint16))
 
 
@@ -118,7 +124,7 @@ def test_scores_against_plain_softmax():
     logits, tokens = rng.normal(0, 3, (4, 6, 11)).astype(np.float32), rng.integers(0, 11, (4, 6)).astype(np.int32)
     labels = rng.random((4, 6)) < 0.6
     labels[3] = False
-    found = extract.token_scores(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(labels))
+    found = activations.token_scores(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(labels))
     for row in range(3):
         nll, el2n, aum = [], [], []
         for t in np.flatnonzero(labels[row, 1:]) + 1:
@@ -138,9 +144,9 @@ def test_scores_need_no_second_pass_and_change_no_feature():
     for mesh in (one_device(), axes.make_mesh(2)):
         with jax.set_mesh(mesh):
             params, put = tiny_params(mesh), axes.put_batch(batch, mesh)
-            scored = extract.features(params, put, CFG, taps, True)
+            scored = activations.features(params, put, CFG, taps, True)
             nll = vlm.token_nll(params, put, CFG, vlm.forward(params, put, CFG).hidden)
-            plain = extract.features(params, put, CFG, taps)
+            plain = activations.features(params, put, CFG, taps)
         wanted = np.asarray(nll).sum(1) / batch["labels"][:, 1:].sum(1)
         np.testing.assert_allclose(scored["nll"], wanted, rtol=1e-4)
         np.testing.assert_allclose(

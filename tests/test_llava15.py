@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coincide_jax import curriculum, extract, pipeline
+from coincide_jax import curriculum, pipeline
 from coincide_jax.core import axes, precision
+from coincide_jax.extract import activations
 from coincide_jax.kernels import plan
 from coincide_jax.models import generate, layers, lora, vlm
 from coincide_jax.training import state as states
@@ -77,11 +78,11 @@ def test_the_parameters_are_those_of_the_published_model(built):
 @pytest.mark.parametrize("length", CONFIG.dataset.buckets)
 def test_features_of_five_layers(built, length):
     mesh, cfg, params = built
-    taps = extract.choose_taps(CONFIG.extract, cfg.decoder.depth)
+    taps = activations.choose_taps(CONFIG.extract, cfg.decoder.depth)
     rows = CONFIG.extract.rows_per_device * mesh.shape["data"]
     with jax.set_mesh(mesh):
         batch = abstract_batch(mesh, cfg, rows, length)
-        found = jax.eval_shape(lambda params, batch: extract.features(params, batch, cfg, taps), params, batch)
+        found = jax.eval_shape(lambda params, batch: activations.features(params, batch, cfg, taps), params, batch)
     assert len(taps) == 5 and taps[-1] < cfg.decoder.depth - 1
     assert found["features"].shape == (rows, 2 * 5 * 4096) and found["features"].dtype == jnp.float16
     assert found["features"].sharding.spec[0] == "data"

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from coincide_jax import extract, pipeline
+from coincide_jax import pipeline
 from coincide_jax.core import artifacts, axes, store
 from coincide_jax.dataset import Dataset, batches, tokenizer
+from coincide_jax.extract import activations
 from coincide_jax.models import hf
 from configs import llava_json
 
@@ -113,7 +114,7 @@ def test_features_of_every_layout(run, layout, tmp_path):
         params, cfg, card = hf.load(folder, mesh, "float32", storage="compute", layers=2, head=False)
         data = Dataset.of_model(split, folder, card, cfg.image_tokens, keys.dataset)
         batch = next(batches.ordered(data, split["pool"][:8], 8, threads=1))
-        found = jax.device_get(extract.features(params, axes.put_batch(batch, mesh), cfg, (0, 1)))
+        found = jax.device_get(activations.features(params, axes.put_batch(batch, mesh), cfg, (0, 1)))
     assert data.template.eos_id == data.tokenizer.id_of("<|endoftext|>" if layout == "factory" else "</s>")
     assert data.background == ((127,) * 3 if layout == "factory" else (122, 116, 104))
     assert not found["repaired"].any() and np.std(found["features"].astype(np.float32), axis=0).max() > 0.01

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from coincide_jax import cluster, extract, selection
+from coincide_jax import cluster, selection
 from coincide_jax.core import artifacts
 from coincide_jax.core.errors import UserError
+from coincide_jax.extract import activations
 from configs import common
 
 N, WIDTH = 260, 40
@@ -95,7 +96,7 @@ def test_layers_are_those_that_were_extracted(folder):
     assert np.abs(four - five).max() > 1e-3
     asked = common.defaults().extract
     asked.num_layers = 5
-    taps = list(extract.choose_taps(asked, depth=4))
+    taps = list(activations.choose_taps(asked, depth=4))
     artifacts.write_json(folder / "extract" / "manifest.json", {"summary": {"taps": taps}})
     np.testing.assert_array_equal(transferability(folder, 5), four)
     # features made elsewhere: the config is asked

@@ -20,149 +20,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from coincide_jax.core import artifacts, axes
 from coincide_jax.core import store as stores
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import READING, Dataset, batches, source
-from coincide_jax.dataset.conversation import Encoded
-from coincide_jax.dataset.tokenizer import Tokenizer
+from coincide_jax.extract.activations import choose_taps, features
+from coincide_jax.extract.pairs import joint_features, open_pairs
 from coincide_jax.models import clip, hf, vlm
 
 STAGE_VERSION = 1
-CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 JOINT = ("joint",)  # what stands for the layers when CLIP is the reference: one pair of halves
 KEYS = ("extract", "reference.path", *READING, "device.precision")
-
-
-def spread_taps(depth: int, count: int) -> tuple[int, ...]:
-    """`count` 0-based layers spread over the decoder, the last one left out.
-
-    24 layers, 5 taps → (3, 7, 11, 15, 19), the published choice. A decoder of `count` layers or fewer has all of them
-    tapped.
-    """
-    if depth <= count:
-        return tuple(range(depth))
-    return tuple((i + 1) * depth // (count + 1) - 1 for i in range(count))
-
-
-def pool(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `f32[B, T, W]` over the tokens of `bool[B, T]`, tanh, unit length: `f32[B, W]`.
-
-    A row without such tokens is zero.
-    """
-    weight = mask.astype(jnp.float32)[:, :, None]
-    mean = (states.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
-    squashed = jnp.tanh(mean)
-    norm = jnp.sqrt((squashed * squashed).sum(-1, keepdims=True))
-    return squashed / jnp.maximum(norm, 1e-12)
-
-
-def assemble(pooled: jax.Array) -> jax.Array:
-    """`f32[L, B, 2, W]` unit or zero parts → `f32[B, 2·L·W]` unit rows: a missing modality is zero, the rest scaled up.
-
-    Layout: layer by layer, visual before text, as the authors have it.
-    """
-    layers, rows, parts, width = pooled.shape
-    flat = jnp.transpose(pooled, (1, 0, 2, 3)).reshape(rows, layers * parts * width)
-    norm = jnp.sqrt((flat * flat).sum(-1, keepdims=True))
-    return flat / jnp.maximum(norm, 1e-12)
-
-
-def token_scores(logits: jax.Array, tokens: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Per-record means over supervised tokens, each `f32[B]`: nll, EL2N `‖p − onehot‖₂`, AUM `p_y − max_{v≠y} p_v`
-    (as COINCIDE's baselines define them).
-
-    Args: logits `f32[B, T, V]`, tokens `i32[B, T]`, labels `bool[B, T]` (token t is predicted from t−1).
-    """
-    z, y = logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
-    weight = labels[:, 1:].astype(jnp.float32)
-    total = jax.nn.logsumexp(z, axis=-1)
-    # a comparison, since a gather along a shared vocabulary would fetch it whole
-    here = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2, out_sharding=jax.typeof(z).sharding) == y[:, :, None]
-    z_y = jnp.where(here, z, 0.0).sum(-1)
-    others = jnp.where(here, -jnp.inf, z).max(-1)
-    p_y = jnp.exp(z_y - total)
-    squares = jnp.exp(jax.nn.logsumexp(2.0 * z, axis=-1) - 2.0 * total)
-    el2n = jnp.sqrt(jnp.maximum(squares - 2.0 * p_y + 1.0, 0.0))
-    count = jnp.maximum(weight.sum(1), 1.0)
-
-    def mean(value: jax.Array) -> jax.Array:
-        return (jnp.where(weight > 0, value, 0.0)).sum(1) / count
-
-    return {"nll": mean(total - z_y), "el2n": mean(el2n), "aum": mean(p_y - jnp.exp(others - total))}
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "taps", "scores"))
-def features(
-    params, batch: dict, cfg: vlm.VLMConfig, taps: tuple[int, ...], scores: bool = False
-) -> dict[str, jax.Array]:
-    """One forward pass through the layers that `params` hold: `{'features': f16[B, D], 'repaired': bool[B]}`.
-
-    With `scores` (all layers held) also `nll`, `el2n`, `aum`, each `f32[B]`.
-    """
-    length = batch["tokens"].shape[1]
-    start = batch["image_start"][:, None]
-    position = jnp.arange(length)[None, :]
-    visual = (start >= 0) & (position >= start) & (position < start + cfg.image_tokens)
-
-    def tap(states: jax.Array) -> jax.Array:
-        return jnp.stack([pool(states, visual), pool(states, batch["text"])], axis=1)
-
-    out = vlm.forward(params, batch, cfg, tap=tap)
-    result = stored(assemble(out.taps[jnp.array(taps)]))
-    if scores:
-        result |= token_scores(vlm.logits(params, out.hidden, cfg), batch["tokens"], batch["labels"])
-    return result
-
-
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def joint_features(params, batch: dict, cfg: clip.CLIPConfig) -> dict[str, jax.Array]:
-    """The features of `features` from CLIP's two embeddings; `tokens` hold a text of CLIP's, `image_start` ≥ 0 says
-    that there is an image."""
-    image = clip.embed_images(params, batch["images"], cfg)
-    image = jnp.where((batch["image_start"] >= 0)[:, None], image, 0.0)
-    text = clip.embed_texts(params, batch["tokens"], batch["lengths"], cfg)
-    return stored(assemble(jnp.stack([image, text], axis=1)[None]))
-
-
-def stored(rows: jax.Array) -> dict[str, jax.Array]:
-    """Rows as they go to disk, what is not finite replaced by 0 and said."""
-    finite = jnp.isfinite(rows)
-    return {
-        "features": jnp.where(finite, rows, 0.0).astype(jnp.float16),
-        "repaired": (~finite).any(axis=1),
-    }
-
-
-class Captions:
-    """CLIP's texts: questions and answers of a record in order, between the marks that CLIP's tokenizer knows, cut to
-    `positions` tokens. Takes the place of `conversation.Template` in a `Dataset`."""
-
-    def __init__(self, tokenizer: Tokenizer, positions: int):
-        self.tokenizer, self.positions = tokenizer, positions
-        self.start, self.eos_id = (tokenizer.id_of(name) for name in (CLIP_START, CLIP_END))
-        if self.start is None or self.eos_id is None:
-            raise UserError(f"reference.path: the tokenizer lacks {CLIP_START} or {CLIP_END}; expected that of CLIP")
-
-    def encode(self, turns: tuple[tuple[str, str], ...], has_image: bool) -> Encoded:
-        """The text of a record; `image_start` is 0 if there is an image, which takes no position here."""
-        ids = self.tokenizer.encode(" ".join(part for turn in turns for part in turn))
-        ids = np.asarray([self.start, *ids[: self.positions - 2], self.eos_id], np.int32)
-        inside = np.ones(len(ids), bool)
-        return Encoded(ids, 0 if has_image else -1, inside, inside)
-
-
-def choose_taps(keys, depth: int) -> tuple[int, ...]:
-    """The tapped layers by config; an out-of-range one is an error."""
-    taps = tuple(sorted(keys.taps)) or spread_taps(depth, keys.num_layers)
-    if taps[0] < 0 or taps[-1] >= depth:
-        raise UserError(f"extract.taps = {taps} names a layer outside the decoder's 0…{depth - 1}")
-    return taps
 
 
 def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
@@ -208,24 +79,6 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
                 write_shard(store, part, shard, members, data, compute, names, rows, mesh)
             progress.advance(len(members))
     return collect(out, split, data, names, inputs["dataset"], width, taps)
-
-
-def open_pairs(split: dict, folder: Path, card: dict, cfg: clip.CLIPConfig, config) -> Dataset:
-    """The split's records as CLIP reads them: pixels of its size, `Captions` as texts.
-
-    Raises:
-      UserError: scores are asked for, which CLIP has none of; a tokenizer that is not CLIP's.
-    """
-    if config.extract.scores:
-        raise UserError(f"extract.scores is set but reference.path {folder} is CLIP, which predicts no answers")
-    settings, positions = ConfigDict(config.dataset), cfg.text.positions
-    settings.update(max_length=positions, buckets=(positions,))
-    texts = functools.partial(Captions, positions=positions)
-    data = Dataset.of_model(split, folder, card, 0, settings, template=texts, frame="crop")
-    cut = int((data.lengths(split["pool"]) >= positions).sum())
-    if cut:
-        say("extract", f"{cut} records have {positions} tokens or more and are cut there")
-    return data
 
 
 def tell_cuts(data: Dataset, pool: Sequence[int]) -> None:
