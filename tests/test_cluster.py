@@ -258,7 +258,7 @@ def test_wrong_input_is_one_sentence(data):
     path = {name: str(folder / f"{name}.npy") for name in ("c", "good", "short", "a")}
     cases = [
         ({"mode": "exakt"}, "did you mean 'exact'"),
-        ({"k": 0}, "cluster.k is 0"),
+        ({"k": 0}, "cluster.k = 0; expected 1 or more"),
         ({"centroids": path["good"]}, "cluster.assignment is empty"),
         ({"centroids": path["c"], "assignment": path["a"]}, rf"shape \(5, {WIDTH + 1}\).*shape \({N}, {WIDTH}\)"),
         ({"centroids": path["good"], "assignment": path["short"]}, rf"shape \({N - 1},\).*expected \({N},\)"),

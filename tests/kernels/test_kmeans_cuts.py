@@ -88,8 +88,8 @@ def test_resumed_after_any_iteration(one):
     assert len(states) == one.iterations
     for state in (states[0], states[len(states) // 2], states[-1]):
         again = kmeans.State.of(state.centroids, state.assignment, state.history)
-        for one, two in zip(again, state, strict=True):
-            np.testing.assert_array_equal(one, two)
+        for left, right in zip(again, state, strict=True):
+            np.testing.assert_array_equal(left, right)
         same(one, fit(x, resume=again, count=2, chunk=100))
 
 
