@@ -10,9 +10,7 @@ Exp3.S has to beat Exp3. All runs of a sampler go side by side; the command fail
 The samplers take losses: a reward x is handed in as the loss 1 − x of an arm whose loss was 1 before.
 """
 
-import argparse
 import functools
-import json
 import math
 
 import jax
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks import record
 from coincide_jax import curriculum
 from coincide_jax.kernels import bandits
 from configs import common
@@ -117,20 +116,20 @@ def measure(arms: int, steps: int, runs: int, stretches: int, seed: int) -> dict
 
 def main() -> None:
     """Runs all, checks the promises, prints the line."""
-    parser = argparse.ArgumentParser(description="Regret of the bandit samplers; one JSON line.")
+    parser = record.arguments("Regret of the bandit samplers; one JSON line.")
     parser.add_argument("--arms", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--stretches", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     keys = parser.parse_args()
-    found = measure(**vars(keys))
+    sizes = {name: value for name, value in vars(keys).items() if name != "save"}
+    found = measure(**sizes)
     for name, row in found["stationary"].items():
         assert row["regret"] < row.get("bound", math.inf), f"{name}: regret {row['regret']}, bound {row['bound']}"
     exp3s, exp3 = (found["switching"][name]["regret"] for name in ("exp3s", "exp3"))
     assert exp3s < exp3, f"Exp3.S has regret {exp3s} on the switching problem, Exp3 {exp3}"
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(json.dumps({"benchmark": "bandits", "jax": jax.__version__, "device": device, **vars(keys), **found}))
+    record.emit("bandits", sizes | found, keys)
 
 
 if __name__ == "__main__":

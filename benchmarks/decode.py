@@ -14,7 +14,6 @@ Against the peak (the default on a GPU): tokens/s and model FLOP utilisation of 
     python -m benchmarks.decode --model=llava-1.5-7b --length=704 --new=128 --rows 1 8 32 64
 """
 
-import json
 import pathlib
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ import tempfile
 import jax
 import numpy as np
 
-from benchmarks import models
+from benchmarks import models, record
 from coincide_jax.core import axes
 from coincide_jax.models import generate
 
@@ -131,7 +130,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer, at least 2")
     keys = models.begin(parser)
     line = against_pytorch(keys) if keys.against == "pytorch" else against_peak(keys)
-    print(json.dumps({"benchmark": "decode", **line}))
+    record.emit("decode", line, keys)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ the FLOP/s that a chain of large products reaches on the same device in the same
     python -m benchmarks.extract --model=llava-1.5-7b --length=1024 --layers=32 --rows 4 8 16 32
 """
 
-import json
 import pathlib
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ import tempfile
 import jax
 import numpy as np
 
-from benchmarks import models
+from benchmarks import models, record
 from coincide_jax.core import axes
 from coincide_jax.extract import activations
 
@@ -138,7 +137,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20, help="of the decoder, run with early exit")
     keys = models.begin(parser)
     line = against_pytorch(keys) if keys.against == "pytorch" else against_peak(keys)
-    print(json.dumps({"benchmark": "extract", **line}))
+    record.emit("extract", line, keys)
 
 
 if __name__ == "__main__":

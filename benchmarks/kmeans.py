@@ -16,8 +16,6 @@ With `--device` nothing is compared: rows are made on the devices and never leav
 iteration and the share of the half-precision matmul rate measured in the same process.
 """
 
-import argparse
-import json
 import statistics
 import time
 
@@ -27,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.cluster import KMeans
 
+from benchmarks import record
 from coincide_jax.core import axes
 from coincide_jax.kernels import kmeans
 from coincide_jax.kernels.kmeans import products, sketch, tiles
@@ -173,7 +172,6 @@ def on_devices(keys) -> dict:
     flops = 2.0 * keys.rows * keys.width * keys.clusters
     full = flops / float(found.seconds[0]) / jax.device_count()
     return {
-        "benchmark": "kmeans on devices",
         "product": str(dtype),
         "resident": found.resident,
         "seconds_in_all": round(whole, 3),  # with making the rows and measuring their lengths
@@ -197,7 +195,6 @@ def compare(keys) -> dict:
     }
     qualities = [found["ours"][2] / found["peer"][2] for found in rounds]
     return {
-        "benchmark": "kmeans",
         "peer": PEERS[keys.peer],
         "mode": keys.mode,
         "iterations": {name: values[0] for name, values in middle.items()} | {"limit": keys.iterations},
@@ -213,7 +210,7 @@ def compare(keys) -> dict:
 
 def main() -> None:
     """Reads the arguments, runs, prints the line."""
-    parser = argparse.ArgumentParser(description="Spherical k-means against its peers; one JSON line.")
+    parser = record.arguments("Spherical k-means against its peers; one JSON line.")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--clusters", type=int, default=200)
@@ -226,9 +223,8 @@ def main() -> None:
     parser.add_argument("--device", action="store_true", help="no peer: rows made on the devices")
     keys = parser.parse_args()
     sizes = {name: getattr(keys, name) for name in ("rows", "width", "clusters", "rounds", "seed")}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     found = on_devices(keys) if keys.device else compare(keys)
-    print(json.dumps({**found, "jax": jax.__version__, "device": device, **sizes}))
+    record.emit("kmeans on devices" if keys.device else "kmeans", found | sizes, keys)
 
 
 if __name__ == "__main__":

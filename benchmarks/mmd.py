@@ -14,14 +14,13 @@ With `--gram` no speed is measured, but what `select.gram=float32` loses on one 
 equal picks, the ratio of MMD², and the same for a plain float32 Gram, that of the rows as they are.
 """
 
-import argparse
-import json
 import statistics
 import time
 
 import jax
 import numpy as np
 
+from benchmarks import record
 from coincide_jax.kernels import density, mmd
 
 PEER = (
@@ -134,7 +133,7 @@ def speed(keys) -> dict:
 
 def main() -> None:
     """Makes the Gram matrices, runs the rounds, compares the picks, prints the line."""
-    parser = argparse.ArgumentParser(description="Greedy MMD against the published procedure; one JSON line.")
+    parser = record.arguments("Greedy MMD against the published procedure; one JSON line.")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--fraction", type=float, default=0.2)
     parser.add_argument("--clusters", type=int, default=16, help="of one call of ours")
@@ -144,9 +143,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048, help="with --gram")
     parser.add_argument("--spread", type=float, default=0.3, help="with --gram")
     keys = parser.parse_args()
-    line = {"benchmark": "mmd_gram"} if keys.gram else {"benchmark": "mmd", "peer": PEER}
-    line |= {"jax": jax.__version__, "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
-    print(json.dumps(line | (precision(keys) if keys.gram else speed(keys))))
+    if keys.gram:
+        record.emit("mmd_gram", precision(keys), keys)
+    else:
+        record.emit("mmd", {"peer": PEER} | speed(keys), keys)
 
 
 if __name__ == "__main__":

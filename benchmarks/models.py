@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import record
 from coincide_jax.core import axes, precision
 from coincide_jax.models import decoder, hf, layers, vlm
 from coincide_jax.models.vlm import VLMConfig
@@ -55,7 +56,7 @@ PRESETS = {
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The flags that both files have; by default a model of 130 M parameters."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = record.arguments(description)
     parser.add_argument("--against", choices=("auto", "pytorch", "peak"), default="auto", help="auto: peak on a GPU")
     parser.add_argument("--model", choices=("sizes", *PRESETS), default="sizes", help="sizes: those of the flags below")
     parser.add_argument("--precision", choices=precision.CHOICES, default="auto", help="of ours; the peer is float32")
@@ -264,9 +265,6 @@ def ratio(theirs: list[float], own: list[float]) -> list[float]:
 def described(keys: argparse.Namespace, cfg: VLMConfig) -> dict:
     """The part of the line that both files print."""
     return {
-        "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "cores": len(os.sched_getaffinity(0)),
         "model": keys.model,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(vlm.abstract(cfg), is_leaf=layers.is_leaf)),
         "layers": cfg.decoder.depth,

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import record
 from coincide_jax import pipeline
 from coincide_jax.core import artifacts, axes
 from coincide_jax.selection import SelectionView, coincide
@@ -136,7 +137,7 @@ def resident(keys, rows: int) -> dict:
 
 def main() -> None:
     """Runs every N in a process of its own and prints the line."""
-    parser = argparse.ArgumentParser(description="Whole selection against the number of rows; one JSON line.")
+    parser = record.arguments("Whole selection against the number of rows; one JSON line.")
     parser.add_argument("--rows", default="10000,100000,1000000")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--clusters", type=int, default=1000)
@@ -155,9 +156,6 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         points.append(json.loads(done.stdout.splitlines()[-1]))
     line = {
-        "benchmark": "select_resident" if keys.resident else "select",
-        "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         **{name: getattr(keys, name) for name in ("width", "clusters", "rounds", "seed")},
         **({} if keys.resident else {"iterations": keys.iterations}),
         "points": points,
@@ -167,7 +165,7 @@ def main() -> None:
         for name in ("whole", "cluster", "select"):
             spent = np.log([max(point["seconds"][name], 1e-3) for point in points])
             line[f"slope_{name}"] = round(float(np.polyfit(size, spent, 1)[0]), 3)
-    print(json.dumps(line))
+    record.emit("select_resident" if keys.resident else "select", line, keys)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import command
 import numpy as np
 import pytest
 
-from benchmarks import models
+from benchmarks import models, record
 
 
 def line(name: str, *arguments: str) -> dict:
@@ -24,6 +24,18 @@ def line(name: str, *arguments: str) -> dict:
     assert done.returncode == 0, done.stderr
     (only,) = done.stdout.splitlines()
     return json.loads(only)
+
+
+def test_a_line_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/kmeans.py", "--rows=3", "--save"])
+    for number in range(2):
+        record.emit("one", {"number": number}, record.arguments("").parse_args(["--save"]))
+    kept = (tmp_path / "results/kmeans.jsonl").read_text()
+    assert kept == capsys.readouterr().out and kept.count("\n") == 2
+    found = json.loads(kept.splitlines()[1])
+    assert found["command"] == "python -m benchmarks.kmeans --rows=3" and found["number"] == 1
+    assert "core" in found["machine"] and found["date"] and found["jax"]
 
 
 def test_kmeans():
