@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,18 @@ def test_ordered_lengths_are_those_of_numpy():
         found = np.asarray(jax.jit(products.squares)(jnp.asarray(values)))
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, np.sum(values**2, axis=1), rtol=1e-14)
+
+
+def test_lengths_are_exact_for_long_and_short_rows():
+    """Short float16 rows are summed as they come, long ones in one order: both are the nearest number to the length."""
+    short = drawn()[:80]
+    for x in (short, (short.astype(np.float32) * 14).astype(np.float16)):
+        integers = np.rint(x.astype(np.float64) * 2.0**24).astype(object)
+        true = [float(math.isqrt(sum(v * v for v in row.tolist()) << 80)) / 2.0**64 for row in integers.astype(int)]
+        for count in (1, 8):
+            with devices(count):
+                norms, _ = tiles.Tiles(x, 8, 64, np.float32).measure()
+            np.testing.assert_allclose(norms, true, rtol=2e-16)
 
 
 def test_memory_decides_between_keeping_and_streaming():

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from coincide_jax.kernels.kmeans.exact import GRID, SLACK
 
 AXES = ("data", "model")  # the rows of a tile are shared by all devices
-BLOCK = {4: 256, 2: 1024}  # bytes of an operand's number → contraction length of one matrix product
+# contraction length of one matrix product: a longer one is faster, a shorter one has a smaller bound on its rounding,
+# which in bfloat16 is small beside that of the operands
+BLOCK = {"float32": 1024, "float16": 1024, "bfloat16": 4096}
 LIMB = 20  # bits of the low limb; a block of rows adds at most 2^11 rows to it
 LANES = 128
 ROUNDING = 2.0**-24
+EXACT = 16.0  # squared length of a float16 row below which any order of summation is exact in float64
 
 
 def accumulation(width: int, dtype) -> float:
@@ -23,7 +26,7 @@ def accumulation(width: int, dtype) -> float:
     A sum of n products in any order errs by at most n u Σ|x_d d_d| (Higham 2002, §3.1), so a contraction in blocks by
     (BLOCK + D/BLOCK + 2) u; doubled for devices that round towards zero or build products from halves.
     """
-    block = BLOCK[jnp.dtype(dtype).itemsize]
+    block = BLOCK[jnp.dtype(dtype).name]
     return 2.0 * (min(block, width) + -(-width // block) + 2) * ROUNDING * 1.01
 
 
@@ -40,7 +43,7 @@ def everywhere(*values):
 
 def _product(x, directions):
     """Scores f32[R, K] by blocks of the contraction."""
-    block = BLOCK[x.dtype.itemsize]
+    block = BLOCK[x.dtype.name]
     return sum(
         jax.lax.dot_general(
             x[:, begin : begin + block],
@@ -88,7 +91,7 @@ def against(x, rows, own, directions, order, prefix: int):
     def local(x, rows, own, directions, order):
         x = x.at[rows].get(mode="clip").astype(directions.dtype)
         mine = directions.at[own].get(mode="clip")
-        block = min(BLOCK[x.dtype.itemsize], x.shape[1])
+        block = min(BLOCK[x.dtype.name], x.shape[1])
         pad = ((0, 0), (0, -x.shape[1] % block))
         terms = jnp.pad(x.astype(jnp.float32) * mine.astype(jnp.float32), pad).reshape(len(x), -1, block)
         # the barrier keeps the two sums apart, as the bound on their rounding has them
@@ -147,14 +150,24 @@ def total(low, high):
     return over_rows(local, "rr")(low, high)
 
 
-def _ordered(values):
-    """Sum over the last axis of f64[..., D] in one order on every device: 128 lanes, each in turn, then the lanes."""
-    values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % LANES)])
-    parts = values.reshape(*values.shape[:-1], -1, LANES)
-    lanes = jax.lax.fori_loop(
-        0, parts.shape[-2], lambda i, sums: sums + parts[..., i, :], jnp.zeros_like(parts[..., 0, :])
-    )
-    return jax.lax.fori_loop(0, LANES, lambda i, sums: sums + lanes[..., i], jnp.zeros_like(lanes[..., 0]))
+def _ordered(terms, *arrays) -> list:
+    """Sums over the last axis of what `terms` makes of [..., D] arrays, elementwise, in one order on every device: 128
+    lanes, each in turn, then the lanes. `terms` → a tuple of f64; its sums f64[...]."""
+    rows = arrays[0].shape[:-1]
+    pad = [(0, 0)] * len(rows) + [(0, -arrays[0].shape[-1] % LANES)]
+    parts = [jnp.pad(array, pad).reshape(*rows, -1, LANES) for array in arrays]
+    zeros = jnp.zeros((*rows, LANES), jnp.float64)
+
+    def add(i, lanes):
+        return tuple(lane + term for lane, term in zip(lanes, terms(*(part[..., i, :] for part in parts)), strict=True))
+
+    count = len(jax.eval_shape(terms, *(part[..., 0, :] for part in parts)))
+    lanes = jax.lax.fori_loop(0, parts[0].shape[-2], add, (zeros,) * count)
+
+    def join(i, sums):
+        return tuple(total + lane[..., i] for total, lane in zip(sums, lanes, strict=True))
+
+    return jax.lax.fori_loop(0, LANES, join, (zeros[..., 0],) * count)
 
 
 def _halves(values):
@@ -163,11 +176,17 @@ def _halves(values):
     return upper, values - upper
 
 
-def squares(values):
-    """`Σ_d v_d²` of f64[n, D] of at most 48 bits. All products are exact, so a fused multiply-add changes nothing."""
+def _squared(values):
+    """The exact products whose sum is that of v² for f64 of at most 48 bits: three tuples, the second counts twice. As
+    they are exact, a fused multiply-add changes nothing."""
     upper, lower = _halves(values)
-    cross, small = _ordered(upper * lower), _ordered(lower * lower)
-    return _ordered(upper * upper) + (cross + cross) + small
+    return upper * upper, upper * lower, lower * lower
+
+
+def squares(values):
+    """`Σ_d v_d²` of f64[n, D] of at most 48 bits."""
+    large, cross, small = _ordered(_squared, values)
+    return large + (cross + cross) + small
 
 
 @jax.jit
@@ -182,14 +201,19 @@ def settle(low, high, centroids):
       of the sums with `centroids`.
     """
 
-    def local(low, high, centroids):
-        sums = (low.astype(jnp.float64) + high.astype(jnp.float64) * 2.0**LIMB) / GRID
-        length = jnp.sqrt(squares(sums))[:, None]
+    def whole(low, high):
+        return (low.astype(jnp.float64) + high.astype(jnp.float64) * 2.0**LIMB) / GRID
+
+    def terms(low, high, centroids):
+        sums, wide = whole(low, high), centroids.astype(jnp.float64)
         upper, lower = _halves(sums)
-        wide = centroids.astype(jnp.float64)
-        dots = _ordered(upper * wide) + _ordered(lower * wide)
-        following = (sums / jnp.where(length > 0, length, 1.0)).astype(jnp.float32)
-        return jnp.where(length > 0, following, centroids), length[:, 0], dots
+        return *_squared(sums), upper * wide, lower * wide
+
+    def local(low, high, centroids):
+        large, cross, small, *dots = _ordered(terms, low, high, centroids)
+        length = jnp.sqrt(large + (cross + cross) + small)[:, None]
+        following = (whole(low, high) / jnp.where(length > 0, length, 1.0)).astype(jnp.float32)
+        return jnp.where(length > 0, following, centroids), length[:, 0], dots[0] + dots[1]
 
     return over_rows(local, "...")(low, high, centroids)
 
@@ -238,15 +262,22 @@ def near(x, centroids):
     return over_rows(local, "..")(x, centroids)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def inspect(x, dtype):
-    """Of each row of a tile: length f64[C], rounding by the cast to `dtype` f64[C], largest magnitude f32[C] (NaN for
-    a row with one). Call under `jax.enable_x64(True)`."""
+@functools.partial(jax.jit, static_argnames=("dtype", "ordered"))
+def inspect(x, dtype, ordered: bool):
+    """Of each row of a tile: squared length f64[C], rounding by the cast to `dtype` f64[C], largest magnitude f32[C]
+    (NaN for a row with one). Call under `jax.enable_x64(True)`.
+
+    `ordered`: squared lengths by `squares`. Those of float16 rows need it only from `EXACT` on: below, all partial sums
+    are multiples of 2^-48 that float64 holds exactly, in any order.
+    """
 
     def local(x):
-        wide = x.astype(jnp.float64)
-        lost = wide - x.astype(dtype).astype(jnp.float64)
-        largest = jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
-        return everywhere(jnp.sqrt(squares(wide)), jnp.sqrt(jnp.sum(lost * lost, axis=1)) * (1 + 1e-9), largest)
+        single = x.astype(jnp.float32)
+        lost = single - x.astype(dtype).astype(jnp.float32)
+        plain = jnp.sum((single * single).astype(jnp.float64), axis=1)  # of float16 numbers exact products
+        lost = jnp.sqrt(jnp.sum((lost * lost).astype(jnp.float64), axis=1)) * (1 + 1e-6)
+        return everywhere(
+            squares(single.astype(jnp.float64)) if ordered else plain, lost, jnp.max(jnp.abs(single), axis=1)
+        )
 
     return over_rows(local, "r")(x)
