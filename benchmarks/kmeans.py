@@ -1,7 +1,8 @@
 """Spherical k-means of `coincide_jax.kernels.kmeans` against faiss and scikit-learn; prints one JSON line.
 
     python -m benchmarks.kmeans [--rows N] [--width D] [--clusters K] [--iterations T] [--rounds R] [--seed S]
-        [--peer faiss|faiss-0.1%|super|sklearn] [--mode exact|sketch] [--rank R]
+        [--peer faiss|faiss-0.1%|super|sklearn] [--mode exact|sketch] [--rank R] [--decay A]
+    python -m benchmarks.kmeans --share [--rows …]
     python -m benchmarks.kmeans --device [--rows 665000 --width 20480 --clusters 10000 --iterations 3]
 
 All run on the same unit rows (float16 numbers) from the same initial centroids, on the same cores, and do not sample
@@ -11,6 +12,8 @@ distances, which on unit rows assign alike; `sklearn` its Lloyd, on squared dist
 in one process, each with fresh rows and every other one begun by the peer; a first pair, untimed in the medians, holds
 the compilation. The objective is the mean cosine of the rows to the nearest of the final centroids, by one float64
 function for both.
+
+With `--share` one pass over the rows, from stored rows to exact labels, meets the product alone by NumPy.
 
 With `--device` nothing is compared: rows are made on the devices and never leave them; told are the seconds of each
 iteration and the share of the half-precision matmul rate measured in the same process.
@@ -26,9 +29,10 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from benchmarks import record
+from coincide_jax.cluster.centres import POLISH
 from coincide_jax.core import axes
 from coincide_jax.kernels import kmeans
-from coincide_jax.kernels.kmeans import products, sketch, tiles
+from coincide_jax.kernels.kmeans import products, sketch, sweep, tiles
 
 PEERS = {
     "faiss": f"faiss {faiss.__version__} Kmeans(spherical=True), run to convergence, no sampling of rows",
@@ -38,13 +42,15 @@ PEERS = {
 }
 
 
-def draw(rows: int, width: int, kinds: int, seed: int) -> np.ndarray:
-    """Unit rows float16[N, D] around `kinds` directions of uneven weight, as activation features are stored."""
+def draw(rows: int, width: int, kinds: int, seed: int, decay: float = 0.0) -> np.ndarray:
+    """Unit rows float16[N, D] around `kinds` directions of uneven weight, as activation features are stored; the i-th
+    coordinate of all is scaled by i^-decay, so that the spectrum falls off as that of activations does."""
     rng = np.random.default_rng(seed)
     share = rng.lognormal(size=kinds)
     kind = rng.choice(kinds, rows, p=share / share.sum())
     x = rng.standard_normal((kinds, width), np.float32)[kind]
     x += rng.standard_normal((rows, width), np.float32)
+    x *= np.arange(1, width + 1, dtype=np.float32) ** np.float32(-decay)
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
 
 
@@ -54,8 +60,9 @@ def ours(x: np.ndarray, init: np.ndarray, keys) -> tuple[np.ndarray, int]:
     if keys.mode == "exact":
         found = kmeans.fit(x, len(init), init=init, **settings)
         return found.centroids, found.iterations
-    first, _ = sketch.start(x, len(init), rank=keys.rank, init=init, **settings)
-    found = kmeans.fit(x, len(init), init=init if first is None else first, tolerance=3e-4, **settings)
+    first, told = sketch.start(x, len(init), rank=keys.rank, init=init, **settings)
+    keys.energy = told["energy"]
+    found = kmeans.fit(x, len(init), init=init if first is None else first, tolerance=POLISH, **settings)
     return found.centroids, found.iterations
 
 
@@ -97,7 +104,7 @@ def timed(function, *arguments):
 
 def pair(keys, number: int) -> dict:
     """One pair on fresh rows: {name: (centroids, iterations, seconds, objective)}."""
-    x = draw(keys.rows, keys.width, 2 * keys.clusters, keys.seed + number)
+    x = draw(keys.rows, keys.width, 2 * keys.clusters, keys.seed + number, keys.decay)
     wide = x.astype(np.float32)
     start = wide[np.random.default_rng(keys.seed + number + 1).choice(keys.rows, keys.clusters, replace=False)]
     init = start / np.linalg.norm(start, axis=1, keepdims=True)
@@ -197,6 +204,7 @@ def compare(keys) -> dict:
     return {
         "peer": PEERS[keys.peer],
         "mode": keys.mode,
+        **({"rank": keys.rank, "energy": round(keys.energy, 4)} if keys.mode == "sketch" else {}),
         "iterations": {name: values[0] for name, values in middle.items()} | {"limit": keys.iterations},
         "seconds": {name: round(values[1], 3) for name, values in middle.items()},
         "first_call_seconds": {name: round(values[1], 3) for name, values in first.items()},
@@ -206,6 +214,37 @@ def compare(keys) -> dict:
         "objective_ratio": round(statistics.median(qualities), 6),  # ours / peer: above 1 ours is tighter
         "objective_ratio_range": [round(min(qualities), 6), round(max(qualities), 6)],
     }
+
+
+def pass_share(keys) -> dict:
+    """Speed of the third iteration's pass, in which every row meets every centroid (labels exact, rechecks included),
+    as a share of NumPy's float32 product."""
+    x = draw(keys.rows, keys.width, 2 * keys.clusters, keys.seed, keys.decay)
+    wide, size = x.astype(np.float32), 4096
+    seconds, passes = {"numpy": []}, {}
+    with jax.set_mesh(axes.make_mesh()):
+        centroids = kmeans.fit(x, keys.clusters, seed=keys.seed, iterations=2, chunk=size).centroids
+        for product in ("float32", "bfloat16"):
+            held = tiles.Tiles(x, keys.clusters, size, jnp.dtype(product))
+            sweeper, there = sweep.Sweeper(held, keys.clusters), tiles.put(centroids, held.whole)
+            passes[product] = lambda s=sweeper, c=there: s.run(c, None, with_sums=False)
+            passes[product]()
+            seconds[product] = []
+        for number in range(keys.rounds):
+            for name in sorted(seconds, reverse=number % 2 == 1):
+                begin = time.perf_counter()
+                if name == "numpy":
+                    for start in range(0, keys.rows, size):
+                        wide[start : start + size] @ centroids.T
+                else:
+                    passes[name]()
+                seconds[name].append(time.perf_counter() - begin)
+    found = {"peer": f"NumPy {np.__version__} float32 products alone, in blocks of {size} rows"}
+    for product in ("float32", "bfloat16"):
+        share = [a / b for a, b in zip(seconds["numpy"], seconds[product], strict=True)]
+        found[product] = [round(value, 3) for value in (statistics.median(share), min(share), max(share))]
+    flops = 2.0 * keys.rows * keys.width * keys.clusters / 1e9
+    return found | {"gflops": {name: round(flops / statistics.median(s), 1) for name, s in seconds.items()}}
 
 
 def main() -> None:
@@ -219,12 +258,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", choices=PEERS, default="faiss")
     parser.add_argument("--mode", choices=("exact", "sketch"), default="exact")
+    parser.add_argument("--decay", type=float, default=0.0, help="of the rows' spectrum")
     parser.add_argument("--rank", type=int, default=256, help="directions of the sketch")
     parser.add_argument("--device", action="store_true", help="no peer: rows made on the devices")
+    parser.add_argument("--share", action="store_true", help="one pass against NumPy's float32 product")
     keys = parser.parse_args()
-    sizes = {name: getattr(keys, name) for name in ("rows", "width", "clusters", "rounds", "seed")}
-    found = on_devices(keys) if keys.device else compare(keys)
-    record.emit("kmeans on devices" if keys.device else "kmeans", found | sizes, keys)
+    sizes = {name: getattr(keys, name) for name in ("rows", "width", "clusters", "decay", "rounds", "seed")}
+    if keys.device:
+        record.emit("kmeans on devices", on_devices(keys) | sizes, keys)
+    elif keys.share:
+        record.emit("kmeans pass", pass_share(keys) | sizes, keys)
+    else:
+        record.emit("kmeans", compare(keys) | sizes, keys)
 
 
 if __name__ == "__main__":

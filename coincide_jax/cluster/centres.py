@@ -18,7 +18,7 @@ MODES = ("exact", "sketch")
 PRODUCTS = ("auto", "float32", "bfloat16", "float16")
 STATE = "state.npz"  # where the clustering stands; gone when the stage is complete
 SEAL = 32  # bytes of a SHA-256
-POLISH = 3e-4  # share of the objective that an exact iteration after a sketch must still win
+POLISH = 5e-4  # share by which the objective rises in the iteration after which a sketch's exact polish stops
 
 
 class Centred:

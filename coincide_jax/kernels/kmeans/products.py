@@ -11,22 +11,21 @@ import jax.numpy as jnp
 from coincide_jax.kernels.kmeans.exact import GRID, SLACK
 
 AXES = ("data", "model")  # the rows of a tile are shared by all devices
-# contraction length of one matrix product: a longer one is faster, a shorter one has a smaller bound on its rounding,
-# which in bfloat16 is small beside that of the operands
-BLOCK = {"float32": 1024, "float16": 1024, "bfloat16": 4096}
+# contraction length of one matrix product: a longer one is faster, a shorter one has a smaller bound on its rounding
+FAST = {"float32": 2048, "float16": 2048, "bfloat16": 4096}  # in bfloat16 the operands' rounding is far larger
+SINGLE = 1024  # of rows that are repeated in float32
 LIMB = 20  # bits of the low limb; a block of rows adds at most 2^11 rows to it
 LANES = 128
 ROUNDING = 2.0**-24
 EXACT = 16.0  # squared length of a float16 row below which any order of summation is exact in float64
 
 
-def accumulation(width: int, dtype) -> float:
+def accumulation(width: int, block: int) -> float:
     """Bound on the relative rounding of a score: `|ŝ − s| ≤ accumulation · ‖x‖ ‖d‖` for operands taken as exact.
 
     A sum of n products in any order errs by at most n u Σ|x_d d_d| (Higham 2002, §3.1), so a contraction in blocks by
-    (BLOCK + D/BLOCK + 2) u; doubled for devices that round towards zero or build products from halves.
+    (block + D/block + 2) u; doubled for devices that round towards zero or build products from halves.
     """
-    block = BLOCK[jnp.dtype(dtype).name]
     return 2.0 * (min(block, width) + -(-width // block) + 2) * ROUNDING * 1.01
 
 
@@ -41,9 +40,8 @@ def everywhere(*values):
     return tuple(jax.lax.all_gather(value, AXES, tiled=True) for value in values)
 
 
-def _product(x, directions):
+def _product(x, directions, block: int):
     """Scores f32[R, K] by blocks of the contraction."""
-    block = BLOCK[x.dtype.name]
     return sum(
         jax.lax.dot_general(
             x[:, begin : begin + block],
@@ -71,18 +69,18 @@ def nearest(x, directions):
     """Two best of every row of a tile: f[C, D], f[K, D] → index i32[C], best and second best score f32[C]."""
 
     def local(x, directions):
-        return everywhere(*_two_best(_product(x.astype(directions.dtype), directions)))
+        return everywhere(*_two_best(_product(x.astype(directions.dtype), directions, FAST[directions.dtype.name])))
 
     return over_rows(local, "r.")(x, directions)
 
 
-@functools.partial(jax.jit, static_argnames="prefix")
-def against(x, rows, own, directions, order, prefix: int):
+@functools.partial(jax.jit, static_argnames=("prefix", "block"))
+def against(x, rows, own, directions, order, prefix: int, block: int):
     """Some rows against their own cluster and the first `prefix` others of `order`.
 
     Args:
       x: f[C, D] tile. rows: i32[S·B] rows within their device's part of it. own: i32[S·B] their clusters.
-      directions: f[K, D]. order: i32[K], a permutation of the clusters.
+      directions: f[K, D]. order: i32[K], a permutation of the clusters. block: contraction length.
 
     Returns:
       i32[S·B] best other cluster; f32[S·B] its score, the second best other's, and the own cluster's.
@@ -91,15 +89,15 @@ def against(x, rows, own, directions, order, prefix: int):
     def local(x, rows, own, directions, order):
         x = x.at[rows].get(mode="clip").astype(directions.dtype)
         mine = directions.at[own].get(mode="clip")
-        block = min(BLOCK[x.dtype.name], x.shape[1])
-        pad = ((0, 0), (0, -x.shape[1] % block))
-        terms = jnp.pad(x.astype(jnp.float32) * mine.astype(jnp.float32), pad).reshape(len(x), -1, block)
+        part = min(block, x.shape[1])
+        pad = ((0, 0), (0, -x.shape[1] % part))
+        terms = jnp.pad(x.astype(jnp.float32) * mine.astype(jnp.float32), pad).reshape(len(x), -1, part)
         # the barrier keeps the two sums apart, as the bound on their rounding has them
         score = jnp.sum(jax.lax.optimization_barrier(jnp.sum(terms, axis=2)), axis=1)
         chosen = order[:prefix]
         others = directions if prefix == len(order) else directions.at[chosen].get(mode="clip")
         names = jnp.arange(prefix, dtype=jnp.int32) if prefix == len(order) else chosen
-        scores = jnp.where(names[None, :] == own[:, None], -jnp.inf, _product(x, others))
+        scores = jnp.where(names[None, :] == own[:, None], -jnp.inf, _product(x, others, block))
         best, top, second = _two_best(scores)
         return everywhere(names.at[best].get(mode="clip"), top, second, score)
 

@@ -51,7 +51,7 @@ def start(features, k: int, *, rank: int, seed: int, iterations: int, chunk: int
         flat[begin:end] = np.asarray(project(x, directions))[: end - begin]
     if not isinstance(init, str):
         init = np.asarray(init, np.float32) @ basis.astype(np.float32)
-    found = kmeans.fit(flat, k, seed=seed, iterations=iterations, chunk=chunk, init=init, tolerance=1e-5)
+    found = kmeans.fit(flat, k, seed=seed, iterations=iterations, chunk=chunk, init=init, tolerance=1e-4)
     lifted = found.centroids @ basis.T.astype(np.float32)
     told |= {"iterations": found.iterations, "objective": float(found.objective[-1])}
     return unit(lifted), told

@@ -31,7 +31,7 @@ class Sweeper:
     """
 
     def __init__(self, tiles: Tiles, k: int, assignment: np.ndarray | None = None):
-        self.tiles, self.k = tiles, k
+        self.tiles, self.k, self.block = tiles, k, products.FAST[tiles.dtype.name]
         self.norms, self.lost = tiles.measure()
         if tiles.rows * max(1.0, float(np.max(self.norms))) > 2.0**27:
             raise ValueError(f"{tiles.rows} rows; the exact sums hold up to 2^27")
@@ -83,11 +83,11 @@ class Sweeper:
             1.0001
             * (
                 self.norms * fast
-                + (radius + fast) * (self.lost + products.accumulation(tiles.width, tiles.dtype) * both)
+                + (radius + fast) * (self.lost + products.accumulation(tiles.width, self.block) * both)
             )
             + slack
         )
-        share = single + (radius + single) * products.accumulation(tiles.width, np.float32)
+        share = single + (radius + single) * products.accumulation(tiles.width, products.SINGLE)
         self.err_single = 1.0001 * self.norms * share + slack
 
     def _reach(self, drift: np.ndarray, fresh: bool) -> np.ndarray:
@@ -129,15 +129,18 @@ class Sweeper:
         for size in np.unique(prefix[prefix > 0]):
             rows = np.flatnonzero(prefix == size)
             self.work += len(rows) * int(size)
-            calls += [(rows, *call) for call in self._meet(fast, start, rows, self.fast, self.order, int(size))]
+            calls += [
+                (rows, *call) for call in self._meet(fast, start, rows, self.fast, self.order, int(size), self.block)
+            ]
         return calls
 
-    def _meet(self, x, start: int, rows: np.ndarray, directions, order, size: int):
+    def _meet(self, x, start: int, rows: np.ndarray, directions, order, size: int, block: int):
         """Calls `against` for rows of a tile; yields (places in `rows`, results)."""
         by_rows = self.tiles.by_rows
         for places, local in self.tiles.blocks(rows):
             own = np.where(places >= 0, np.maximum(self.assignment[start + rows[places]], 0), 0).astype(np.int32)
-            yield places, products.against(x, put(local, by_rows), put(own, by_rows), directions, order, size)
+            own = put(own, by_rows)
+            yield places, products.against(x, put(local, by_rows), own, directions, order, size, block)
 
     def _finish(self, tile: int, x: jax.Array, calls: list[tuple], fresh: bool, with_sums: bool) -> int:
         """Takes the results of a tile, decides what they leave open, moves rows between the sums."""
@@ -149,7 +152,9 @@ class Sweeper:
             self.work += len(unsure) * self.k
             every = put(np.arange(self.k, dtype=np.int32), self.tiles.whole)
             self.gap[start + unsure] = np.inf
-            calls = [(unsure, *call) for call in self._meet(x, start, unsure, self.single, every, self.k)]
+            calls = [
+                (unsure, *call) for call in self._meet(x, start, unsure, self.single, every, self.k, products.SINGLE)
+            ]
             unsure = np.concatenate([self._take(start, *call, self.err_single) for call in calls])
         if len(unsure):
             self.assignment[start + unsure] = self._decide(x, unsure)
