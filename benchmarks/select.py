@@ -82,6 +82,7 @@ def child(keys, rows: int) -> dict:
         config = arrays.get_config().copy_and_resolve_references()
         config.extract.features, config.extract.num_layers = str(folder / "features.npy"), LAYERS
         config.cluster.k, config.cluster.iterations = keys.clusters, keys.iterations
+        config.cluster.memory_mib = config.select.cache_mib = keys.memory_mib
         mesh, seconds = axes.make_mesh(), []
         with jax.set_mesh(mesh):
             jnp.zeros(8).block_until_ready()
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory_mib", type=int, default=512, help="of features, and of kernel matrices")
     parser.add_argument("--resident", action="store_true", help="the select stage alone, features on the device")
     parser.add_argument("--child", type=int, default=0, help=argparse.SUPPRESS)
     keys = parser.parse_args()
@@ -156,7 +158,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         points.append(json.loads(done.stdout.splitlines()[-1]))
     line = {
-        **{name: getattr(keys, name) for name in ("width", "clusters", "rounds", "seed")},
+        **{name: getattr(keys, name) for name in ("width", "clusters", "memory_mib", "rounds", "seed")},
         **({} if keys.resident else {"iterations": keys.iterations}),
         "points": points,
     }

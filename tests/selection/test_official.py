@@ -113,7 +113,7 @@ def test_parts_of_large_matrices_change_no_index():
 @pytest.mark.parametrize(("n", "spread", "sums"), [(1000, 0.02, np.float64), (2000, 0.3, np.float32)])
 def test_near_duplicates_where_a_float32_gram_picks_differently(n, spread, sums):
     """Of the tight cluster a float32 Gram alone changes the picks within the first dozens; of the wide one it does so
-    only after hundreds, and float32 sums over it do within these."""
+    not within the first 400, and float32 sums over it do within 100."""
     rng = np.random.default_rng(7)
     x = rng.normal(size=640) + spread * rng.normal(size=(n, 640))
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
