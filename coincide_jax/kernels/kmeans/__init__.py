@@ -12,7 +12,7 @@ from random rows). Three things make the result independent of how, where and ho
 
 Memory: on the devices the features when they fit (f[N, D] as stored and once more in the fast type, where that is
 another), else three tiles; `chunk · K` float32 scores, and about `80 · K · D` bytes on each device at most. On the
-host: three tiles, the centroids, about 60 bytes a row and some 200 more while a pass is planned.
+host: three tiles, the centroids, about 60 bytes a row and some 60 more while a pass is planned.
 """
 
 import time

@@ -20,6 +20,7 @@ import numpy as np
 from coincide_jax.kernels.kmeans import exact, products
 from coincide_jax.kernels.kmeans.tiles import Tiles, put
 
+ROWS = 1 << 15  # whose prefixes are chosen at a time
 FULL = 0.5  # a tile is met as a whole when more than this share of its rows meets all centroids
 
 
@@ -104,18 +105,18 @@ class Sweeper:
         others = np.where(labels == order[0], down[min(1, k - 1)], down[0])
         left = self.gap - (own + self.norms * others) * (1 + 1e-9)
         active = (left <= 0) & (self.norms > 0) & (k > 1)
-        rows = np.flatnonzero(active)
         sizes = np.unique([max(8, -(-k // share)) for share in (16, 8, 4, 2)] + [k])
         sizes = sizes[sizes <= k]
-        after = np.append(down, 0.0)  # the farthest move among those that are not met
-        rest = self.gap[rows, None] - (own[rows, None] + self.norms[rows, None] * after[sizes]) * (1 + 1e-9)
-        enough = rest > 0
-        enough[:, -1] = True
-        choice = np.argmax(enough, axis=1)
+        after = np.append(down, 0.0)[sizes]  # the farthest move among those that are not met
+        prefix, every = np.zeros(len(labels), np.int32), np.flatnonzero(active)
+        for rows in np.array_split(every, -(-len(every) // ROWS)) if len(every) else ():
+            rest = self.gap[rows, None] - (own[rows, None] + self.norms[rows, None] * after) * (1 + 1e-9)
+            enough = rest > 0
+            enough[:, -1] = True
+            choice = np.argmax(enough, axis=1)
+            left[rows] = np.where(sizes[choice] == k, np.inf, rest[np.arange(len(rows)), choice])
+            prefix[rows] = sizes[choice]
         self.gap = left
-        self.gap[rows] = np.where(sizes[choice] == k, np.inf, rest[np.arange(len(rows)), choice])
-        prefix = np.zeros(len(labels), np.int32)
-        prefix[rows] = sizes[choice]
         return prefix
 
     def _dispatch(self, tile: int, fast: jax.Array, prefix: np.ndarray) -> list[tuple]:
