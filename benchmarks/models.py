@@ -1,4 +1,4 @@
-"""What extract.py and decode.py measure: sizes, random weights, a batch, the PyTorch peer, counted FLOP, the peak."""
+"""What extract.py, decode.py and train_step.py measure: sizes, weights, a batch, the PyTorch peer, counted FLOP, the peak."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks import record
 from coincide_jax.core import axes, precision
 from coincide_jax.models import decoder, hf, layers, vlm
+from coincide_jax.models.flops import products
 from coincide_jax.models.vlm import VLMConfig
 
 IMAGE_ID = 2  # stands at the image's positions of the peer's prompts
@@ -55,7 +56,7 @@ PRESETS = {
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The flags that both files have; by default a model of 130 M parameters."""
+    """The flags that these files have; by default a model of 130 M parameters."""
     parser = record.arguments(description)
     parser.add_argument("--against", choices=("auto", "pytorch", "peak"), default="auto", help="auto: peak on a GPU")
     parser.add_argument("--model", choices=("sizes", *PRESETS), default="sizes", help="sizes: those of the flags below")
@@ -63,6 +64,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--image", type=int, default=224, help="pixels; patches have 14")
     parser.add_argument("--tower", type=int, nargs=4, default=[384, 11, 6, 1536], help="width depth heads mlp")
     parser.add_argument("--text", type=int, nargs=4, default=[640, 24, 10, 1728], help="width depth heads mlp")
+    parser.add_argument("--kv_heads", type=int, default=0, help="of the text; 0: as many as heads")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--length", type=int, default=512, help="positions of a row, the image's included")
     parser.add_argument("--rows", type=int, nargs="+", default=[4], help="of a batch; several are tried in turn (peak)")
@@ -88,7 +90,7 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def config(keys: argparse.Namespace) -> VLMConfig:
     """The model that the flags name."""
     tower, text = (dict(zip(("width", "depth", "heads", "mlp"), part, strict=True)) for part in (keys.tower, keys.text))
-    sizes = {"vision": tower | {"patch": 14}, "decoder": text | {"kv_heads": text["heads"]}}
+    sizes = {"vision": tower | {"patch": 14}, "decoder": text | {"kv_heads": keys.kv_heads or text["heads"]}}
     chosen = dict(sizes=sizes, image=keys.image, vocab=keys.vocab, vision={}, decoder={})
     if keys.model != "sizes":
         chosen = PRESETS[keys.model]
@@ -198,11 +200,6 @@ def draw_params(cfg: VLMConfig, mesh, seed: int) -> dict:
     return tree.unflatten([one(*each) for each in zip(keys, leaves, stds, strict=True)])
 
 
-def products(abstract) -> int:
-    """Weights of the products of a tree: each costs 2 FLOP a token."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract, is_leaf=layers.is_leaf) if leaf.inputs)
-
-
 def encode_flops(cfg: VLMConfig, rows: int, length: int) -> float:
     """Model FLOP of a forward pass without the head: 2 a weight and token, and attention: 4 · keys · columns a query,
     with (length + 1) / 2 keys on average in the causal decoder. Norms, activations and softmax are not counted."""
@@ -263,7 +260,7 @@ def ratio(theirs: list[float], own: list[float]) -> list[float]:
 
 
 def described(keys: argparse.Namespace, cfg: VLMConfig) -> dict:
-    """The part of the line that both files print."""
+    """The part of the line that these files print."""
     return {
         "model": keys.model,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(vlm.abstract(cfg), is_leaf=layers.is_leaf)),

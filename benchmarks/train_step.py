@@ -1,0 +1,167 @@
+"""One LoRA optimiser step of `coincide_jax.training` against PyTorch with `peft`.
+
+    python -m benchmarks.train_step [--rows B] [--length T] [--rank R] [--rounds N] [--precision P] …
+
+Prints one JSON line. Against PyTorch (the default without a GPU): the same random LLaVA-style model, adapters, batch
+and cores, float32; loss, gradient, clip and AdamW of one step, LoRA on every product of the decoder and the whole
+projector, vision tower frozen, no dropout. Both sides take steps on the same batch in turns, every other round
+backwards; the first calls, which for JAX hold the compilation, stand apart. The peer is `transformers` and `peft` with
+SDPA and a fused AdamW, its head over every position, as its users run it. Losses have to agree, or the benchmark fails:
+to 1e-4 in the first three steps, to 1e-3 in all (float32 rounding grows with every step taken).
+
+The default sizes are those of the models that `configs/llava_json.py` trains. Larger ones:
+
+    python -m benchmarks.train_step --image=224 --tower 384 11 6 1536 --text 640 24 10 1728 --kv_heads=10 \\
+        --vocab=8192 --length=512 --rows=4 --rank=64
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+
+import jax
+import numpy as np
+
+from benchmarks import models
+from coincide_jax.core import axes
+from coincide_jax.kernels import bandits
+from coincide_jax.models import hf, layers, vlm
+from coincide_jax.training import state as states
+from coincide_jax.training import steps as compiled
+from coincide_jax.training.state import Recipe
+from configs import common
+
+STEPS = 1000  # of the schedule; a benchmark takes its first ones
+CLOSE, NEAR = 1e-4, 1e-3  # largest relative difference of the losses: in the first three steps, in all
+
+
+def recipe(keys) -> Recipe:
+    """Of one step over the whole batch, at rates that change the loss from step to step."""
+    lora = {"rank": keys.rank, "alpha": 2.0 * keys.rank, "dropout": 0.0, "targets": ("all-linear",)}
+    rates = {"learning_rate": 1e-3, "projector_learning_rate": 1e-4, "warmup": 0.0}
+    (rows,) = keys.rows
+    sizes = {"mode": "lora", "batch": rows, "micro_batch": rows, "steps": STEPS, "remat": keys.remat}
+    return Recipe.from_config(common.recipe(lora=lora, **rates, **sizes), "train")
+
+
+def draw_batch(cfg, rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
+    """`models.draw_batch` whose last quarter is the answer."""
+    behind = np.repeat(np.arange(length)[None] >= length - length // 4, rows, axis=0)
+    given = {"labels": behind, "slot": np.arange(rows, dtype=np.int32), "valid": np.ones(rows, bool)}
+    return models.draw_batch(cfg, rows, length, seed) | given
+
+
+class Ours:
+    """The run's own compiled steps, called as the loop calls them; each call is a step and notes its loss."""
+
+    def __init__(self, params: dict, cfg, how: Recipe, batch: dict, mesh):
+        self.batch, self.mesh = batch, mesh
+        trained, self.frozen = states.divide(params, cfg, how, jax.random.key(how.seed), mesh)
+        self.adapters = jax.device_get(trained["lora"])
+        self.state = states.start(trained, how, bandits.UNIFORM, 1, 1, 1)
+        self.run, self.schedule = compiled.compile_steps(cfg, how, bandits.UNIFORM), states.Schedule.of(how, how.steps)
+        self.sum = jax.jit(compiled.empty, static_argnums=1)(self.state.params, how.batch)
+        self.losses = []
+
+    def __call__(self) -> None:
+        batch = axes.put_batch(self.batch, self.mesh)
+        where = self.state.key, self.state.step, np.int32(0)
+        self.sum = self.run.micro(self.state.params, self.frozen, self.sum, batch, *where)
+        self.state, self.sum, metrics = self.run.apply(self.state, self.sum, self.schedule)
+        self.losses.append(float(metrics["loss"]))
+
+
+class Peer:
+    """The same model, adapters and batch in PyTorch; each call is a step and notes its loss."""
+
+    def __init__(self, folder: pathlib.Path, adapter: pathlib.Path, cfg, how: Recipe, batch: dict):
+        import peft
+        import torch
+        import transformers
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+        named = [(name, leaf) for name, leaf in self.model.named_parameters() if leaf.requires_grad]
+        self.trained = [leaf for _, leaf in named]
+        rates = [how.projector_learning_rate if "projector" in name else how.learning_rate for name, _ in named]
+        groups = [{"params": [leaf], "lr": rate} for leaf, rate in zip(self.trained, rates, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+        factor = states.Schedule.of(how, how.steps).factor
+        self.factors = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: float(factor(np.int32(step))))
+        labels = np.where(batch["labels"], batch["tokens"], -100).astype(np.int64)
+        self.inputs = models.peer_inputs(cfg, batch) | {"labels": torch.tensor(labels)}
+        self.clip, self.losses = how.clip, []
+        self.count = sum(leaf.numel() for leaf in self.trained)
+
+    def backward(self) -> float:
+        """Loss; leaves its gradient in the parameters."""
+        self.optimizer.zero_grad()
+        loss = self.model(**self.inputs, use_cache=False).loss
+        loss.backward()
+        return loss.item()
+
+    def __call__(self) -> None:
+        import torch
+
+        self.losses.append(self.backward())
+        torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+        self.factors.step()
+
+
+def against_pytorch(keys) -> dict:
+    """The line of the comparison with the peer."""
+    import peft
+    import torch
+
+    mesh, cfg, how = models.one_device_mesh(), models.config(keys), recipe(keys)
+    batch = draw_batch(cfg, *keys.rows, keys.length, keys.seed)
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        drawn = layers.init(vlm.abstract(cfg), jax.random.key(keys.seed), mesh)
+        hf.export(drawn, cfg, folder, image_token_id=models.IMAGE_ID)
+        params, cfg = models.load(folder, keys, mesh, cfg.decoder.depth)
+        ours = Ours(params, cfg, how, batch, mesh)
+        settings = {"rank": how.rank, "alpha": how.alpha, "dropout": 0.0, "targets": how.targets}
+        adapter = folder / "adapter"
+        adapter.mkdir()
+        hf.export_adapter(ours.adapters, cfg, adapter, **settings, base=str(folder), projector=params["projector"])
+        peer = Peer(folder, adapter, cfg, how, batch)
+        trained = sum(leaf.size for leaf in jax.tree.leaves(ours.state.params))
+        assert trained == peer.count, f"{trained} parameters are trained here, {peer.count} there"
+        _, first, seconds = models.alternate({"ours": ours, "peer": peer}, keys.rounds)
+    apart = np.abs(np.array(ours.losses) / np.array(peer.losses) - 1)
+    close, near = (CLOSE, NEAR) if cfg.precision.compute == "float32" else (0.02, 0.1)
+    assert apart[:3].max() <= close and apart.max() <= near, f"the losses differ: {ours.losses} and {peer.losses}"
+    return {
+        "peer": f"peft {peft.__version__}, torch {torch.__version__}, float32, SDPA, fused AdamW",
+        **models.described(keys, cfg),
+        "rows": keys.rows[0],
+        "trained": trained,
+        "rank": keys.rank,
+        "loss": [round(ours.losses[0], 5), round(ours.losses[-1], 5)],
+        "largest_loss_difference": float(apart.max()),
+        "samples_per_s": {name: round(keys.rows[0] / statistics.median(s), 3) for name, s in seconds.items()},
+        "first_call_seconds": {name: round(value, 2) for name, value in first.items()},
+        "speed_ratio": models.ratio(seconds["peer"], seconds["ours"]),
+    }
+
+
+def main() -> None:
+    """Chooses the peer, prints the line."""
+    parser = models.arguments("A LoRA training step against PyTorch and peft, or the matmul peak; one JSON line.")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--remat", action="store_true", help="keep only the residual stream for the backward pass")
+    sizes = {"image": 56, "tower": [96, 3, 4, 288], "text": [96, 6, 4, 256], "kv_heads": 2, "vocab": 4096}
+    parser.set_defaults(**sizes, length=64, rows=[32], rounds=20)
+    keys = models.begin(parser)
+    line = against_pytorch(keys)
+    print(json.dumps({"benchmark": "train_step", **line}))
+
+
+if __name__ == "__main__":
+    main()

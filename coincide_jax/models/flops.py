@@ -1,0 +1,50 @@
+"""Counted floating-point operations of a training step: what model FLOP utilisation (MFU) is a share of.
+
+Convention. A product costs 2 a weight and token forward, 2 for the gradient of its input, 2 for that of its weight. So
+a trained weight counts 6 a token, a frozen one on the way back to a trained one 4, a frozen one before all of them (the
+vision tower under LoRA) 2. Attention costs 4 · heads · head_dim a query and visible key forward, twice that backward;
+keys that the mask hides count nothing, whichever implementation makes their scores. The head counts at supervised
+positions alone, where it is computed. Norms, activations, softmax, dropout, the optimiser, padding, and what remat
+computes a second time are not counted.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from coincide_jax.models import decoder, lora, vlm
+from coincide_jax.models.layers import is_leaf
+from coincide_jax.models.vlm import VLMConfig
+
+
+class Costs(NamedTuple):
+    """FLOP of a training step: for each position that holds a token (image positions too), each pair of a query and a
+    key that it sees, each supervised position, each image."""
+
+    position: float
+    pair: float
+    supervised: float
+    image: float
+
+
+def products(abstract) -> int:
+    """Weights of the products of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract, is_leaf=is_leaf) if leaf.inputs)
+
+
+def training(cfg: VLMConfig, mode: str, rank: int, targets: tuple[str, ...]) -> Costs:
+    """mode: 'full', or 'lora' with adapters of `rank` on `targets`, the projector trained, the tower frozen."""
+    tree, eye, full = vlm.abstract(cfg), cfg.vision, mode == "full"
+    adapters = 0 if full else products(lora.abstract(cfg, rank, targets))
+    behind = 6 if full else 4  # a frozen weight behind something trained
+    before = 6 if full else 2
+    seen = eye.tokens + eye.extra
+    columns = cfg.decoder.head_dim * sum(run.count * run.heads for run in decoder.runs(cfg.decoder))
+    tower = before * (products(tree["vision"]) * seen + 2 * eye.depth * seen**2 * eye.width)
+    return Costs(
+        position=float(behind * products(tree["decoder"]["blocks"]) + 6 * adapters),
+        pair=float(3 * 4 * columns),
+        supervised=float(behind * cfg.decoder.vocab * cfg.decoder.width),
+        image=float(tower + 6 * products(tree["projector"]) * eye.tokens),
+    )
