@@ -1,4 +1,4 @@
-"""What extract.py, decode.py and train_step.py measure: sizes, weights, a batch, the PyTorch peer, counted FLOP, the peak."""
+"""What extract.py, decode.py and train_step.py measure: sizes, weights, a batch, the PyTorch peer, FLOP, the peak."""
 
 import argparse
 import dataclasses

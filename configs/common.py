@@ -21,8 +21,10 @@ def recipe(**changes) -> ConfigDict:
             warmup=0.03,  # share of the steps
             weight_decay=0.0,
             clip=1.0,  # global gradient norm
-            loss_mean="tokens",  # of a step: over its supervised tokens, or over the means of its 'records'
+            # of a step: over its supervised tokens, or over the means of its 'records', or over those of each
+            loss_mean="tokens",  # 'micro_batch', cut in the order drawn (the published program)
             lora=dict(rank=8, alpha=16.0, dropout=0.0, targets=("wq", "wk", "wv", "wo", "gate", "up", "down")),
+            packing=False,  # several records in a row of dataset.max_length; micro_batch still counts records
             remat=False,
             checkpoint_every=200,  # steps
             keep=2,  # checkpoints

@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
         micro_batch=16,
         learning_rate=2e-4,
         projector_learning_rate=2e-5,
+        packing=True,
         remat=True,
         lora=dict(rank=128, alpha=256.0, dropout=0.05, targets=("wq", "wk", "wv", "wo", "gate", "up", "down")),
         checkpoint_every=100,

@@ -6,6 +6,14 @@ A batch is a dict of arrays, B rows of T positions (T is one of the buckets), im
     image_start int32[B] (-1: no image) · images uint8[B, S, S, 3] · labels bool[B, T] · text bool[B, T]
     index int32[B] (row in the data set file; -1: padding row) · valid bool[B]
 
+A packed batch (`pack`) holds B records in R ≤ B rows of T positions, one behind the other. What is said of a record keeps
+its B rows (lengths, image_start from the record's own first position, images, index, valid); what is said of a position
+has R, and two fields say whose it is:
+
+    tokens int32[R, T] · labels bool[R, T] (false at a record's first position, which nothing predicts)
+    record int32[R, T] (0 … B - 1; -1: padding) · position int32[R, T] (within the record; 0 in padding)
+    place int32[B] (row · T + column of the record's first position)
+
 A row that cannot be read any more (its image vanished) has its index and valid=false. One Grain element is one step,
 so Grain's work does not grow with the records, and nothing is ever raised inside its `map`: an exception there would
 put its saved position one step off.
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 AHEAD = 4  # steps read ahead
+ROW_COUNTS = 8  # of packed batches: a micro-batch of B records has one of so many numbers of rows, so of shapes
 Row = tuple[int, Encoded, np.ndarray | None]  # index, sequence, u8[S, S, 3] or None (no image)
 
 
@@ -59,6 +68,51 @@ def assemble(rows: Sequence[Row | int], length: int, image_size: int) -> Batch:
     return batch
 
 
+def pack(rows: Sequence[Row | int], length: int, image_size: int, share: int = 1) -> Batch:
+    """A packed batch of rows of `length` positions; R is a multiple of `share` (devices that share the rows), which
+    divides the number of records."""
+    count = len(rows)
+    alone = assemble(rows, length, image_size)
+    sizes = np.where(alone["valid"], alone["lengths"], 0)
+    row, column, used = fit_rows(sizes, length)
+    step = share * -(-count // (ROW_COUNTS * share))
+    used = min(-(-max(used, 1) // step) * step, count)
+    batch = {key: alone[key] for key in ("lengths", "image_start", "images", "index", "valid")} | dict(
+        tokens=np.zeros((used, length), np.int32),
+        labels=np.zeros((used, length), bool),
+        record=np.full((used, length), -1, np.int32),
+        position=np.zeros((used, length), np.int32),
+        place=(row * length + column).astype(np.int32),
+    )
+    for number in np.flatnonzero(sizes):
+        size, here = sizes[number], (row[number], slice(column[number], column[number] + sizes[number]))
+        batch["tokens"][here] = alone["tokens"][number, :size]
+        batch["labels"][here] = alone["labels"][number, :size]
+        batch["labels"][row[number], column[number]] = False
+        batch["record"][here] = number
+        batch["position"][here] = np.arange(size)
+    return batch
+
+
+def fit_rows(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Row and first column of each record int64[B], and the number of rows used: best fit, longest first.
+
+    sizes: int[B], each at most `length`; 0: no record, which takes no room. Ties go to the first record, the first row.
+    """
+    row, column, room = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64), []
+    for number in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[number])
+        if not size:
+            break
+        fits = [index for index, left in enumerate(room) if left >= size]
+        best = min(fits, key=lambda index: room[index], default=len(room))
+        if best == len(room):
+            room.append(length)
+        row[number], column[number] = best, length - room[best]
+        room[best] -= size
+    return row, column, len(room)
+
+
 def ordered(dataset: "Dataset", indices: np.ndarray, rows: int, *, threads: int) -> Iterator[Batch]:
     """Every record once: by bucket, then by index; `rows` of one bucket a batch, the tail padded.
 
@@ -76,12 +130,17 @@ def ordered(dataset: "Dataset", indices: np.ndarray, rows: int, *, threads: int)
 
 
 def planned(
-    dataset: "Dataset", plan: np.ndarray, *, micro: int, start_step: int = 0, threads: int
-) -> Iterator[list[Batch]]:
+    dataset: "Dataset", plan: np.ndarray, *, micro: int, start_step: int = 0, threads: int,
+    packing: bool = False, as_drawn: bool = False, share: int = 1,
+) -> Iterator[list[Batch]]:  # fmt: skip
     """One list of micro-batches for each row of `plan` int32[S, B] (record indices, -1 = empty) from `start_step` on.
 
     A step's records are sorted by length (stable; empty slots first) and cut into B/micro micro-batches, each padded to
-    the bucket of its longest row. `slot` int32[micro] is the column of the plan that a row came from.
+    the bucket of its longest row. `slot` int32[micro] is the column of the plan that a record came from.
+
+    With `packing` the records sorted by length are dealt out instead, so that every micro-batch has long and short ones,
+    and packed into rows of the last bucket (see `pack`). `as_drawn` leaves both sorting and dealing out: micro-batches
+    are the plan's records in their order, where the loss depends on who is with whom.
     """
     plan = np.asarray(plan)
     if plan.shape[1] % micro:
@@ -90,12 +149,16 @@ def planned(
     def build(step: int) -> list[Batch]:
         found = [dataset.row(int(index)) for index in plan[step]]
         sizes = np.asarray([0 if isinstance(row, int) else len(row[1].tokens) for row in found])
-        order = np.argsort(sizes, kind="stable").astype(np.int32)
+        order = (np.arange(len(sizes)) if as_drawn else np.argsort(sizes, kind="stable")).astype(np.int32)
+        count = len(order) // micro
         batches = []
-        for at in range(0, len(order), micro):
-            slots = order[at : at + micro]
-            length = dataset.bucket(int(sizes[slots].max()))
-            batch = assemble([found[slot] for slot in slots], length, dataset.image_size)
+        for number in range(count):
+            slots = order[number::count] if packing and not as_drawn else order[number * micro :][:micro]
+            chosen = [found[slot] for slot in slots]
+            if packing:
+                batch = pack(chosen, dataset.buckets[-1], dataset.image_size, share)
+            else:
+                batch = assemble(chosen, dataset.bucket(int(sizes[slots].max())), dataset.image_size)
             batches.append(batch | {"slot": slots})
         return batches
 

@@ -377,3 +377,9 @@ def full_attention(bias: jax.Array | None = None):
     if bias is None:
         return lambda q, k, v, _: causal_attention(q, k, v)
     return lambda q, k, v, _: attention(q, k, v, bias)
+
+
+def packed_attention(record: jax.Array):
+    """`attend` for rows of several records: a query sees the keys of its own record up to its own. record: i32[b, t].
+    Padding is a record too, so that no query is without a key."""
+    return lambda q, k, v, _: causal_attention(q, k, v, record)

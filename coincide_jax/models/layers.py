@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from coincide_jax.core import axes
+from coincide_jax.core.axes import row_sharding
 
 UNROLL_UP_TO = 8  # layers; a shallow stack is unrolled whole: XLA then fuses across layers, for a longer compilation
 WHOLE_UP_TO = 512  # positions whose scores are made at once
@@ -247,14 +248,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) 
     return _by_blocks(q, k, v, lambda places: None if bias is None else bias.at[places].get(mode="clip"))
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` in which a query sees the keys up to its own."""
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    """`attention` in which a query sees the keys up to its own; of its own segment, if i32[b, t] says whose each is."""
     if has_cudnn(q):
-        return fused_attention(q, k, v, causal=True)
+        return fused_attention(q, k, v, causal=True, segments=segments)
     keys = jnp.arange(q.shape[1])
 
     def bias(places: jax.Array) -> jax.Array:
-        return jnp.where(places[:, None] >= keys[None], 0.0, MASKED)
+        seen = places[:, None] >= keys[None]
+        if segments is not None:
+            own = segments.at[:, places].get(mode="clip", out_sharding=row_sharding(segments, 2))
+            seen = seen[None] & (own[:, :, None] == segments[:, None])
+        return jnp.where(seen, 0.0, MASKED)
 
     return _attention(q, k, v, bias(keys)) if q.shape[1] <= WHOLE_UP_TO else _by_blocks(q, k, v, bias)
 
@@ -262,12 +267,12 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     scores = jnp.einsum("btkgd,bskd->bkgts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = scores + bias[None, None, None]
+        scores = scores + (bias[None] if bias.ndim == 2 else bias)[:, None, None]
     return jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, bias) -> jax.Array:
-    """`bias(places of a block's queries) -> f32[block, s]` or None; the backward pass computes the scores again.
+    """`bias(places of a block's queries) -> f32[block, s]`, f32[b, block, s] or None; the backward pass computes the scores again.
 
     A loop on the device: XLA may run blocks that are written out side by side, and then keeps the scores of them all.
     """
@@ -292,20 +297,31 @@ def has_cudnn(q: jax.Array) -> bool:
 
 
 def fused_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, implementation: str = "cudnn"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    segments: jax.Array | None = None,
+    implementation: str = "cudnn",
 ) -> jax.Array:
-    """`attention` by `jax.nn.dot_product_attention`, each device its own rows and heads (no sum crosses them)."""
+    """`attention` by `jax.nn.dot_product_attention`, each device its own rows and heads (no sum crosses them). Segments
+    cost a mask [b, t, s], which cuDNN takes as a bias: one number a pair of positions, whatever the heads."""
 
-    def own(q, k, v):
+    def own(q, k, v, *segments):
         heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        mixed = jax.nn.dot_product_attention(heads, k, v, is_causal=causal, implementation=implementation)
+        mask = [(part[:, :, None] == part[:, None])[:, None] for part in segments]
+        mixed = jax.nn.dot_product_attention(
+            heads, k, v, mask=mask[0] if mask else None, is_causal=causal, implementation=implementation
+        )
         return mixed.reshape(q.shape)
 
-    shardings = [jax.typeof(part).sharding for part in (q, k, v)]
+    parts = (q, k, v) if segments is None else (q, k, v, segments)
+    shardings = [jax.typeof(part).sharding for part in parts]
     if shardings[0].mesh.empty:
-        return own(q, k, v)
+        return own(*parts)
     specs = tuple(sharding.spec for sharding in shardings)
-    return jax.shard_map(own, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v)
+    return jax.shard_map(own, in_specs=specs, out_specs=specs[0], check_vma=False)(*parts)
 
 
 def run_blocks(block, x: jax.Array, stacked, per_layer, *, remat: bool = False):

@@ -1,7 +1,9 @@
 """The vision-language model: vision tower, two-layer projector, decoder (LLaVA-1.5, arXiv 2310.03744).
 
 One body for every size. A batch is a dict as the data layer makes it; what is read here: tokens i32[b, t],
-image_start i32[b] (-1 = text only), images u8[b, s, s, 3], and for the loss labels bool[b, t].
+image_start i32[b] (-1 = text only), images u8[b, s, s, 3], and for the loss labels bool[b, t]. A packed batch has
+several records in a row: tokens and labels are [r, t], record i32[r, t] and position i32[r, t] say whose and which
+position each is, place i32[b] where (row · t + column) each record begins.
 """
 
 import dataclasses
@@ -153,12 +155,50 @@ def embed(params: dict, batch: dict, cfg: VLMConfig, *, remat: bool = False) -> 
     x = decoder.embed(params["decoder"], batch["tokens"], dtype)
     features = vision.forward(params["vision"], batch["images"], cfg.vision, dtype, remat=remat)
     image = project(params["projector"], features)
+    if "record" in batch:
+        return place_packed(x, image, batch)
     offset = jnp.arange(x.shape[1])[None] - batch["image_start"][:, None]
     inside = (offset >= 0) & (offset < cfg.image_tokens) & (batch["image_start"] >= 0)[:, None]
     # a product with zeros and ones moves rows exactly, forward and backward, and needs no scatter
     here = (offset[..., None] == jnp.arange(cfg.image_tokens)[None, None]).astype(dtype)
     moved = jnp.einsum("btn,bnw->btw", here, image, precision=jax.lax.Precision.HIGHEST)
     return jnp.where(inside[..., None], moved, x)
+
+
+def place_packed(x: jax.Array, image: jax.Array, batch: dict) -> jax.Array:
+    """The tokens' embeddings x [r, t, w] of a packed batch with the image tokens [b, n, w] of its records in them."""
+    count, record = image.shape[1], batch["record"]
+    starts, places = jax.reshard((batch["image_start"], batch["place"]), jax.P(None))
+    start = starts.at[jnp.maximum(record, 0)].get(out_sharding=row_sharding(record, 2))
+    offset = batch["position"] - start
+    inside = (record >= 0) & (start >= 0) & (offset >= 0) & (offset < count)
+    source = jnp.where(inside, record * count + offset, 0)
+    target = (places + starts)[:, None] + jnp.arange(count)[None]
+    target = jnp.where((starts >= 0)[:, None], target, x.shape[0] * x.shape[1])  # beyond the end: in no row
+    return jnp.where(inside[..., None], _move(image, source, target), x)
+
+
+@jax.custom_vjp
+def _move(image: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """Row `source` i32[r, t] of image [b · n, w] at each position. `target` i32[b, n] is the way back, so that the
+    gradient is read where it lies as well: a scatter's sums would have no order. Between devices all rows are fetched.
+    """
+    flat = jax.reshard(image, jax.P(None, None, None)).reshape(-1, image.shape[-1])
+    return flat.at[source].get(out_sharding=row_sharding(source, 3))
+
+
+def _move_forward(image, source, target):
+    return _move(image, source, target), (image[:, 0, 0], target)  # the first for its sharding alone
+
+
+def _move_backward(kept, cotangent):
+    rows, target = kept
+    flat = jax.reshard(cotangent, jax.P(None, None, None)).reshape(-1, cotangent.shape[-1])
+    back = flat.at[target].get(mode="fill", fill_value=0, out_sharding=row_sharding(rows, 3))
+    return back, None, None
+
+
+_move.defvjp(_move_forward, _move_backward)
 
 
 def forward(
@@ -178,12 +218,12 @@ def forward(
     remat: keep only the residual stream of each layer for the backward pass.
     """
     x = embed(params, batch, cfg, remat=remat)
-    positions = jnp.arange(x.shape[1])[None]
+    packed = "record" in batch
     out = decoder.run(
         params["decoder"],
         x,
-        positions,
-        decoder.full_attention(),
+        batch["position"] if packed else jnp.arange(x.shape[1])[None],
+        decoder.packed_attention(batch["record"]) if packed else decoder.full_attention(),
         cfg.decoder,
         lora=lora,
         dropout_key=dropout_key,

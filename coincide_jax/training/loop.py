@@ -132,9 +132,14 @@ def _claim(out: pathlib.Path, identity: dict) -> None:
             raise UserError(f"{out} holds a run with {key} = {found[key]}, now {value}; take another folder")
 
 
-def _reader(dataset, records: np.ndarray, first: int, recipe: Recipe, threads: int) -> Iterator[list[batches.Batch]]:
+def _reader(
+    dataset, records: np.ndarray, first: int, recipe: Recipe, threads: int, share: int
+) -> Iterator[list[batches.Batch]]:
     """The micro-batches of a plan from row `first` on; the first step is read before this returns."""
-    steps = batches.planned(dataset, records, micro=recipe.micro_batch, start_step=first, threads=threads)
+    steps = batches.planned(
+        dataset, records, micro=recipe.micro_batch, start_step=first, threads=threads,
+        packing=recipe.packing, as_drawn=recipe.loss_mean == "micro_batch", share=share,
+    )  # fmt: skip
     return itertools.chain([next(steps)], steps)
 
 
@@ -198,6 +203,7 @@ def fit(
             "lag": lag,
             "seed": recipe.seed,
             "mode": recipe.mode,
+            "packing": recipe.packing,
             "precision": cfg.precision.compute,
         },
     )
@@ -207,6 +213,8 @@ def fit(
     state = states.start(trained, recipe, sampler, arms, 1 + lag, round_steps, loss_scale=scaled)
     run, schedule = compiled.compile_steps(cfg, recipe, sampler), states.Schedule.of(recipe, steps)
     accumulator = jax.jit(compiled.empty, static_argnums=1)(state.params, recipe.batch)
+
+    share = mesh.shape["data"]  # devices that share the rows of a batch
 
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", recipe.keep)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -245,9 +253,9 @@ def fit(
                 state, p = run.draw(state, table, np.int32(drawn), np.int32(slots))
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
             records = jax.device_get(state.plan.records)
-            reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads)
+            reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads, share)
             more = lag and (number + 1) * round_steps < steps
-            ahead = pool.submit(_reader, dataset, records[1], 0, recipe, threads) if more else None
+            ahead = pool.submit(_reader, dataset, records[1], 0, recipe, threads, share) if more else None
             for micro_batches in itertools.islice(reader, steps - step):
                 for index, batch in enumerate(micro_batches):
                     if batch["valid"].any():

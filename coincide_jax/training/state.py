@@ -17,7 +17,7 @@ from coincide_jax.kernels import plan
 from coincide_jax.models import layers, lora
 
 MODES = ("full", "lora")
-MEANS = ("tokens", "records")
+MEANS = ("tokens", "records", "micro_batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Recipe:
     dropout: float
     targets: tuple[str, ...]
     remat: bool
+    packing: bool
     checkpoint_every: int
     keep: int
 

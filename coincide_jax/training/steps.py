@@ -59,11 +59,15 @@ def empty(params: dict, batch: int) -> Accumulator:
 
 
 def record_nll(params: dict, batch: dict, cfg, **options) -> tuple[jax.Array, jax.Array]:
-    """Summed NLL (nats) of the supervised tokens of each row f32[b], and their number f32[b]; padding rows have 0."""
+    """Summed NLL (nats) of the supervised tokens of each record f32[b], and their number f32[b]; empty ones have 0."""
     hidden = vlm.forward(params, batch, cfg, **options).hidden
     nll = vlm.token_nll(params, batch, cfg, hidden)
-    # Nothing predicts the first token.
-    return nll.sum(-1), batch["labels"][:, 1:].astype(jnp.float32).sum(-1)
+    if "record" not in batch:
+        # Nothing predicts the first token.
+        return nll.sum(-1), batch["labels"][:, 1:].astype(jnp.float32).sum(-1)
+    records = jnp.arange(batch["valid"].shape[0])[:, None, None]
+    own = records == batch["record"][None]
+    return tuple(jnp.where(own, part[None], 0.0).sum((1, 2)) for part in (nll, batch["labels"].astype(jnp.float32)))
 
 
 def compile_steps(cfg, recipe: Recipe, sampler) -> Steps:
@@ -91,7 +95,10 @@ def _of_model(cfg, recipe: Recipe) -> tuple:
             nll, tokens = record_nll(whole, batch, cfg, **options)
             if recipe.loss_mean == "records":
                 return (nll / jnp.maximum(tokens, 1.0)).sum(), (nll, tokens, (tokens > 0).astype(jnp.float32).sum())
-            return nll.sum(), (nll, tokens, tokens.sum())
+            total = tokens.sum()
+            if recipe.loss_mean == "micro_batch":
+                return nll.sum() / jnp.maximum(total, 1.0), (nll, tokens, (total > 0).astype(jnp.float32))
+            return nll.sum(), (nll, tokens, total)
 
         def summed(params):
             total, seen = objective(params)
