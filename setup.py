@@ -39,6 +39,7 @@ setup(
         "tpu": [f"jax[tpu]{JAX}"],
         # checkpoints as some are published: tokenizers without a tokenizer.json, weights as pickles
         "convert": ["protobuf", "sentencepiece", "torch", "transformers>=5.6"],
+        "tensorboard": ["tensorboardX"],
         "test": [
             "faiss-cpu",
             "hypothesis",
@@ -49,6 +50,7 @@ setup(
             "regex",
             "ruff",
             "sentencepiece",
+            "tensorboardX",
             "torch==2.13.0",
             "transformers>=5.6",
         ],

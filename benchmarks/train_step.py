@@ -15,7 +15,6 @@ The default sizes are those of the models that `configs/llava_json.py` trains. L
         --vocab=8192 --length=512 --rows=4 --rank=64
 """
 
-import json
 import os
 import pathlib
 import statistics
@@ -24,7 +23,7 @@ import tempfile
 import jax
 import numpy as np
 
-from benchmarks import models
+from benchmarks import models, record
 from coincide_jax.core import axes
 from coincide_jax.kernels import bandits
 from coincide_jax.models import hf, layers, vlm
@@ -160,7 +159,7 @@ def main() -> None:
     parser.set_defaults(**sizes, length=64, rows=[32], rounds=20)
     keys = models.begin(parser)
     line = against_pytorch(keys)
-    print(json.dumps({"benchmark": "train_step", **line}))
+    record.emit("train_step", line, keys)
 
 
 if __name__ == "__main__":

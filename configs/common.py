@@ -28,6 +28,7 @@ def recipe(**changes) -> ConfigDict:
             remat=False,
             checkpoint_every=200,  # steps
             keep=2,  # checkpoints
+            tensorboard=False,  # events/ beside metrics.jsonl, by tensorboardX (extra 'tensorboard')
         )
     )
     keys.update(changes)

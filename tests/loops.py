@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from coincide_jax import curriculum, training
 from coincide_jax.core import artifacts, axes
+from coincide_jax.core.metrics import MEASURED
 from coincide_jax.dataset.conversation import Encoded
 from coincide_jax.models import vlm
 from coincide_jax.training.state import Recipe
@@ -79,7 +80,7 @@ def fit(
 
 def lines(out, name="metrics.jsonl"):
     """The lines of a file without the times."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in artifacts.read_jsonl(out / name)]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in artifacts.read_jsonl(out / name)]
 
 
 def one_device():

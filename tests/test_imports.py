@@ -95,7 +95,7 @@ def providers(folders: list[str]) -> dict[str, set[str]]:
 def test_requirements_are_exactly_what_is_imported():
     declared, used = requirements("install_requires"), providers(["coincide_jax", "configs"])
     assert {"jax", "numpy", "jinja2", "ml-collections"} <= declared
-    optional = requirements("extras_require", "convert")
+    optional = requirements("extras_require", "convert") | requirements("extras_require", "tensorboard")
     assert not {module for module, names in used.items() if not names & (declared | optional)}
     assert not declared - set().union(*used.values())
 

@@ -17,6 +17,8 @@ from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import batches
 from coincide_jax.kernels import bandits
 from coincide_jax.models import vlm
+from coincide_jax.models.flops import Costs
+from coincide_jax.training import log as logs
 from coincide_jax.training import loop, stages
 from coincide_jax.training.state import Schedule
 from configs import common
@@ -250,16 +252,22 @@ def test_float16_stops_at_a_loss_that_is_not_finite(tmp_path):
 
 def test_seconds_lie_between_completions_and_add_up(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
-    log = loop.Log(tmp_path, 0)
+    monkeypatch.setattr(logs, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
+    log = logs.Log(tmp_path, 0, Costs(2.0, 0.5, 3.0, 5.0), 100.0)
     for step in range(1, 6):
-        log.step(step, {"loss": jnp.float32(step), "gradient_norm": jnp.float32(1.0)})
+        log.step(step, {"loss": jnp.float32(step), "gradient_norm": jnp.float32(1.0)}, logs.Work(70, 140, 40, 10, 2))
         assert np.isnan(log.loss) if step < 3 else log.loss == step - 2  # the newest that has ended
     log.flush("train")
     assert log.loss == 5.0
     log.close()
-    found = [line["seconds"] for line in artifacts.read_jsonl(tmp_path / "metrics.jsonl")]
-    assert found == [7.0, 7.0, 7.0, 3.5, 3.5]  # the two still in flight share the last lap
+    found = artifacts.read_jsonl(tmp_path / "metrics.jsonl")
+    # the two still in flight share the last lap
+    assert [line["seconds"] for line in found] == [7.0, 7.0, 7.0, 3.5, 3.5]
+    assert [line["tokens_per_second"] for line in found] == [10.0, 10.0, 10.0, 20.0, 20.0]
+    # 70 positions, 40 pairs, 10 supervised, 2 images: 140 + 20 + 30 + 10 FLOP
+    assert [line["mfu"] for line in found] == pytest.approx([0.2857] * 3 + [0.5714] * 2)
+    assert all(line["filled"] == 0.5 and line["positions"] == 70 and line["data_wait"] == 0 for line in found)
+    assert all(line.get("host_memory_mib", 0) > 50 for line in found)
 
 
 def test_rate_rises_over_the_warm_up_and_falls_to_zero():

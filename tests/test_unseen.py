@@ -14,6 +14,7 @@ from PIL import Image
 
 from coincide_jax import curriculum, pipeline
 from coincide_jax.core import artifacts, axes, store
+from coincide_jax.core.metrics import MEASURED
 from configs import common
 
 STAGES = {stage.name: stage for stage in pipeline.STAGES}
@@ -123,7 +124,7 @@ def make_all(config, folder: pathlib.Path, dataset: pathlib.Path, samplers=("coi
         inputs = {"dataset": dataset, "base": base, "cluster": cluster, "select": select}
         train, of_target = make(config, "train", folder / sampler, **inputs)
         steps = artifacts.read_jsonl(train / "metrics.jsonl")
-        losses = [{key: value for key, value in step.items() if key != "seconds"} for step in steps]
+        losses = [{key: value for key, value in step.items() if key not in MEASURED} for step in steps]
         found[sampler] = (train / "curriculum.jsonl").read_bytes(), losses, of_target["fingerprint"]
     return found
 

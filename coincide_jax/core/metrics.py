@@ -1,4 +1,4 @@
-"""What a run tells while it works: lines on the screen, progress with time left, JSON lines on disk."""
+"""What a run tells while it works: lines on the screen, progress with time left, JSON lines and events on disk."""
 
 import json
 import pathlib
@@ -7,7 +7,11 @@ import time
 
 import tqdm
 
+from coincide_jax.core.errors import UserError
+
 LOG_EVERY_SECONDS = 10.0  # one line this often when the output is no terminal
+# keys of a line that tell of the clock and the machine: two runs that are the same differ in nothing else
+MEASURED = ("seconds", "tokens_per_second", "data_wait", "mfu", "device_memory_mib", "host_memory_mib")
 
 
 def say(stage: str, text: str) -> None:
@@ -17,13 +21,17 @@ def say(stage: str, text: str) -> None:
 
 
 class Progress:
-    """Shows stage, done/total, rate and time left: a bar on a terminal, a log line every 10 s elsewhere."""
+    """Shows stage, done/total, rate and time left: a bar on a terminal, a log line every 10 s elsewhere.
 
-    def __init__(self, stage: str, total: int, unit: str):
-        self.stage, self.total, self.unit = stage, total, unit
-        self.done, self.begin, self.last = 0, time.monotonic(), time.monotonic()
+    first: units that an earlier run has done, which the rate leaves out."""
+
+    def __init__(self, stage: str, total: int, unit: str, first: int = 0):
+        self.stage, self.total, self.unit, self.first = stage, total, unit, first
+        self.done, self.begin, self.last = first, time.monotonic(), time.monotonic()
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm.tqdm(total=total, unit=f" {unit}", desc=stage, disable=not self.terminal, leave=False)
+        self.bar = tqdm.tqdm(
+            total=total, initial=first, unit=f" {unit}", desc=stage, disable=not self.terminal, leave=False
+        )
 
     def advance(self, count: int, note: str = "") -> None:
         """Adds `count` finished units; `note` (a loss, an objective) is shown beside the rate."""
@@ -34,7 +42,7 @@ class Progress:
         now = time.monotonic()
         if not self.terminal and now - self.last >= LOG_EVERY_SECONDS:
             self.last = now
-            rate = self.done / max(now - self.begin, 1e-9)
+            rate = (self.done - self.first) / max(now - self.begin, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
             tail = f" · {note}" if note else ""
             say(self.stage, f"{self.done}/{self.total} {self.unit} · {rate:.1f}/s · {left:.0f} s left{tail}")
@@ -61,3 +69,32 @@ class JsonLines:
     def close(self) -> None:
         """Closes the file."""
         self.file.close()
+
+
+class Events:
+    """Numbers as TensorBoard events, through tensorboardX, which nothing else imports.
+
+    Raises:
+      UserError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        """Events after `step`, which an earlier run may have left in the folder, are hidden by TensorBoard."""
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise UserError(
+                "TensorBoard events are asked for, but tensorboardX is not installed; "
+                "expected pip install 'coincide-jax[tensorboard]', or tensorboard=False"
+            ) from error
+        self.writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict) -> None:
+        """Those of `values` that are numbers."""
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what waits and closes the file."""
+        self.writer.close()

@@ -6,9 +6,9 @@ A batch is a dict of arrays, B rows of T positions (T is one of the buckets), im
     image_start int32[B] (-1: no image) · images uint8[B, S, S, 3] · labels bool[B, T] · text bool[B, T]
     index int32[B] (row in the data set file; -1: padding row) · valid bool[B]
 
-A packed batch (`pack`) holds B records in R ≤ B rows of T positions, one behind the other. What is said of a record keeps
-its B rows (lengths, image_start from the record's own first position, images, index, valid); what is said of a position
-has R, and two fields say whose it is:
+A packed batch (`pack`) holds B records in R ≤ B rows of T positions, one behind the other. What is said of a record
+keeps its B rows (lengths, image_start from the record's own first position, images, index, valid); what is said of a
+position has R, and two fields say whose it is:
 
     tokens int32[R, T] · labels bool[R, T] (false at a record's first position, which nothing predicts)
     record int32[R, T] (0 … B - 1; -1: padding) · position int32[R, T] (within the record; 0 in padding)
@@ -138,9 +138,9 @@ def planned(
     A step's records are sorted by length (stable; empty slots first) and cut into B/micro micro-batches, each padded to
     the bucket of its longest row. `slot` int32[micro] is the column of the plan that a record came from.
 
-    With `packing` the records sorted by length are dealt out instead, so that every micro-batch has long and short ones,
-    and packed into rows of the last bucket (see `pack`). `as_drawn` leaves both sorting and dealing out: micro-batches
-    are the plan's records in their order, where the loss depends on who is with whom.
+    With `packing` the records sorted by length are dealt out instead, so that every micro-batch has long and short
+    ones, and packed into rows of the last bucket (see `pack`). `as_drawn` leaves both sorting and dealing out:
+    micro-batches are the plan's records in their order, where the loss depends on who is with whom.
     """
     plan = np.asarray(plan)
     if plan.shape[1] % micro:

@@ -272,7 +272,8 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None)
 
 
 def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, bias) -> jax.Array:
-    """`bias(places of a block's queries) -> f32[block, s]`, f32[b, block, s] or None; the backward pass computes the scores again.
+    """`bias(places of a block's queries) -> f32[block, s]`, f32[b, block, s] or None; the backward pass
+    computes the scores again.
 
     A loop on the device: XLA may run blocks that are written out side by side, and then keeps the scores of them all.
     """
@@ -294,6 +295,14 @@ def has_cudnn(q: jax.Array) -> bool:
         return False
     device = jax.devices()[0]
     return device.platform == "gpu" and float(device.compute_capability) >= 8.0
+
+
+def attention_used(head_dim: int, length: int, dtype) -> str:
+    """Which attention rows of so many positions get on the first device: 'cudnn', 'whole' (all scores at once) or
+    'blocks' (those of `QUERY_BLOCK` queries)."""
+    if has_cudnn(jax.ShapeDtypeStruct((1, length, 1, 1, head_dim), dtype)):
+        return "cudnn"
+    return "whole" if length <= WHOLE_UP_TO else "blocks"
 
 
 def fused_attention(

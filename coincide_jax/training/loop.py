@@ -4,8 +4,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import itertools
-import json
-import math
 import pathlib
 import signal
 import time
@@ -14,18 +12,18 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from coincide_jax.core import artifacts, axes, checkpoint, precision
+from coincide_jax.core import artifacts, axes, checkpoint, peaks
 from coincide_jax.core.errors import UserError
-from coincide_jax.core.metrics import JsonLines, Progress, say
+from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import batches
 from coincide_jax.kernels import plan
-from coincide_jax.models import lora
+from coincide_jax.models import flops, layers, lora
 from coincide_jax.training import probe
 from coincide_jax.training import state as states
 from coincide_jax.training import steps as compiled
+from coincide_jax.training.log import Log, Work
 from coincide_jax.training.state import Recipe
 
-IN_FLIGHT = 2  # steps that the host may be ahead of the device
 STOPPED = 143  # exit code after SIGTERM: 128 + 15
 
 
@@ -47,77 +45,6 @@ class Termination:
         signal.signal(signal.SIGTERM, self.before)
         if self.requested and kind is None:
             raise SystemExit(STOPPED)
-
-
-class Log:
-    """`metrics.jsonl` (a line a step) and `curriculum.jsonl` (a line a round), cut back to where a run goes on.
-
-    `loss` is the newest one that has reached the host. `seconds` of a line is the time between the completions of two
-    steps, as the host saw them (reading, drawing and saving included); the steps still in flight at a flush share
-    what is left, so that the lines add up to the time that went by.
-    """
-
-    def __init__(self, out: pathlib.Path, step: int):
-        _cut(out / "metrics.jsonl", lambda line: line["step"] <= step)
-        _cut(out / "curriculum.jsonl", lambda line: line["drawn_at"] < step)
-        self.steps, self.rounds = JsonLines(out / "metrics.jsonl"), JsonLines(out / "curriculum.jsonl")
-        self.waiting: list[tuple[int, dict]] = []
-        self.seconds: list[float] = []  # of the first of them, which have ended
-        self.loss, self.clock = math.nan, time.monotonic()
-
-    def step(self, step: int, metrics: dict) -> None:
-        """Keeps the metrics of a step, still on the device, and waits for the step `IN_FLIGHT` before it."""
-        self.waiting.append((step, metrics))
-        if len(self.waiting) > IN_FLIGHT:
-            ended = jax.block_until_ready(self.waiting[-1 - IN_FLIGHT][1])
-            self.seconds.append(self._lap())
-            self.loss = float(jax.device_get(ended["loss"]))
-
-    def _lap(self) -> float:
-        """Seconds since the last call."""
-        before, self.clock = self.clock, time.monotonic()
-        return self.clock - before
-
-    def flush(self, name: str) -> None:
-        """Fetches and writes what waits.
-
-        Raises:
-          UserError: a loss that is not finite; a gradient that is not, unless the step was skipped for it; a loss scale
-            that helps no more.
-        """
-        fetched = jax.device_get([metrics for _, metrics in self.waiting])
-        late = len(self.waiting) - len(self.seconds)
-        self.seconds += [self._lap() / late] * late if late else []
-        for (step, _), metrics, seconds in zip(self.waiting, fetched, self.seconds, strict=True):
-            metrics = {key: value.item() for key, value in metrics.items()}
-            self.loss, norm, skipped = metrics["loss"], metrics["gradient_norm"], metrics.get("skipped", 0)
-            if not math.isfinite(self.loss) or not (math.isfinite(norm) or skipped):
-                raise UserError(
-                    f"{name}: loss {self.loss}, gradient norm {norm} at step {step} (steps "
-                    f"{self.waiting[0][0]}–{self.waiting[-1][0]} were checked); a lower {name}.learning_rate may help"
-                )
-            if metrics.get("loss_scale", 1.0) < precision.LOWEST_SCALE:
-                raise UserError(
-                    f"{name}: gradients still overflow float16 at step {step} although the loss scale fell to "
-                    f"{metrics['loss_scale']:g}; expected device.precision=float32, or a lower {name}.learning_rate"
-                )
-            metrics["gradient_norm"] = norm if math.isfinite(norm) else None  # JSON has no infinity
-            self.steps.write(step=step, **metrics, seconds=round(seconds, 4))
-        self.waiting.clear()
-        self.seconds.clear()
-
-    def close(self) -> None:
-        """Closes both files."""
-        self.steps.close()
-        self.rounds.close()
-
-
-def _cut(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
-    """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    artifacts.write_text(path, "".join(line for line in whole if keep(json.loads(line))))
 
 
 def _claim(out: pathlib.Path, identity: dict) -> None:
@@ -223,16 +150,19 @@ def fit(
     if restored is not None:
         step, state, _ = restored
         say(name, f"goes on at step {step} of {steps}")
-    log = Log(out, step)
+    costs = flops.training(cfg, recipe.mode, recipe.rank, recipe.targets)
+    peak, origin = peaks.total(cfg.precision.compute, mesh)
+    log = Log(out, step, costs, peak, tensorboard=recipe.tensorboard)
     ahead, probing = None, 0.0
+    attention = layers.attention_used(cfg.decoder.head_dim, dataset.buckets[-1], cfg.precision.dtype)
     say(name, f"{steps} steps of {recipe.batch} records · {len(members['records'])} records in {arms} arms")
+    say(name, f"attention {attention} · MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log),
-        Progress(name, steps, "steps") as progress,
+        Progress(name, steps, "steps", step) as progress,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
-        progress.advance(step)
         while step < steps:
             number, first = divmod(step, round_steps)
             if first == 0 and run.learn:
@@ -253,10 +183,11 @@ def fit(
                 state, p = run.draw(state, table, np.int32(drawn), np.int32(slots))
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
             records = jax.device_get(state.plan.records)
-            reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads, share)
+            with log.wait():
+                reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads, share)
             more = lag and (number + 1) * round_steps < steps
             ahead = pool.submit(_reader, dataset, records[1], 0, recipe, threads, share) if more else None
-            for micro_batches in itertools.islice(reader, steps - step):
+            for micro_batches in itertools.islice(log.reading(reader), steps - step):
                 for index, batch in enumerate(micro_batches):
                     if batch["valid"].any():
                         batch = axes.put_batch(batch, mesh)
@@ -264,8 +195,8 @@ def fit(
                         accumulator = run.micro(state.params, frozen, accumulator, batch, *where)
                 state, accumulator, metrics = run.apply(state, accumulator, schedule)
                 step += 1
-                log.step(step, metrics)
-                progress.advance(1, f"loss {log.loss:.3f}" if math.isfinite(log.loss) else "")
+                log.step(step, metrics, Work.of(micro_batches))
+                progress.advance(1, log.note)
                 if step == steps or step % recipe.checkpoint_every == 0 or stop.requested:
                     log.flush(name)
                     checkpoints.save(step, state, {"steps": steps})
@@ -274,7 +205,7 @@ def fit(
                     say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
                     raise SystemExit(STOPPED)
             log.flush(name)
-    summary = _summary(out, state, len(members["records"]))
+    summary = _summary(out, state, len(members["records"])) | {"attention": attention, "peak": [peak, origin]}
     say(
         name,
         f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
@@ -303,6 +234,8 @@ def _round(state: states.TrainState, p: jax.Array) -> dict:
 def _summary(out: pathlib.Path, state: states.TrainState, total: int) -> dict:
     lines = artifacts.read_jsonl(out / "metrics.jsonl")
     tenth = max(len(lines) // 10, 1)
+    seconds = np.asarray([line["seconds"] for line in lines])
+    waited = float(np.sum(seconds * [line["data_wait"] for line in lines]) / max(seconds.sum(), 1e-9))
     scaled = {} if state.scale is None else {"skipped": sum(line["skipped"] for line in lines)}
     return scaled | {
         "steps": len(lines),
@@ -312,5 +245,9 @@ def _summary(out: pathlib.Path, state: states.TrainState, total: int) -> dict:
         "loss": float(np.mean([line["loss"] for line in lines[-tenth:]])),
         "epochs": int(state.position.epoch),
         "distinct": total if int(state.position.epoch) else int(jax.device_get(state.position.cursor).sum()),
+        # medians over the steps: the first ones hold the compilation
+        "tokens_per_second": float(np.median([line["tokens_per_second"] for line in lines])),
+        "mfu": float(np.median([line["mfu"] for line in lines])),
+        "data_wait": round(waited, 4),
         "arms_seen": int((jax.device_get(state.draws) > 0).sum()),
     }

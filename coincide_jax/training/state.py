@@ -42,6 +42,7 @@ class Recipe:
     targets: tuple[str, ...]
     remat: bool
     packing: bool
+    tensorboard: bool
     checkpoint_every: int
     keep: int
 

@@ -74,7 +74,7 @@ def compile_steps(cfg, recipe: Recipe, sampler) -> Steps:
     """The functions of one run, each traced once a shape; runs that differ in length, rates or seed share them."""
     alike = dataclasses.replace(
         recipe, seed=0, epochs=1.0, steps=0, learning_rate=1.0, projector_learning_rate=1.0, warmup=0.0,
-        checkpoint_every=1, keep=1,
+        checkpoint_every=1, keep=1, packing=False, tensorboard=False,
     )  # fmt: skip
     return Steps(*_of_model(cfg, alike), *_of_sampler(alike, sampler))
 
@@ -153,6 +153,7 @@ def _of_sampler(recipe: Recipe, sampler) -> tuple:
         metrics = {
             "loss": accumulator.objective / weight,
             "learning_rate": schedule.peak * schedule.factor(state.step),
+            "projector_learning_rate": schedule.projector_peak * schedule.factor(state.step),
             "gradient_norm": optax.tree.norm(grads),
             "tokens": accumulator.tokens.astype(jnp.int32),
             "records": seen.astype(jnp.int32).sum(),

@@ -13,6 +13,7 @@ import pytest
 
 from coincide_jax import pipeline
 from coincide_jax.core import artifacts
+from coincide_jax.core.metrics import MEASURED
 
 # stage → what is on disk when it is half done; saving after every step so that something is there to go on from
 HALF_DONE = {
@@ -57,7 +58,7 @@ def results(workdir) -> dict:
             found[name] = np.load(folder / "indices.npy").tolist()
         elif folder.name in ("base", "reference", "train"):
             steps = artifacts.read_jsonl(folder / "metrics.jsonl")
-            found[name] = [{key: value for key, value in step.items() if key != "seconds"} for step in steps]
+            found[name] = [{key: value for key, value in step.items() if key not in MEASURED} for step in steps]
             found[f"{name}, weights"] = artifacts.read_json(path)["summary"]["fingerprint"]
         elif folder.name == "evaluate":
             found[name] = json.loads((folder / "scores.json").read_text())
