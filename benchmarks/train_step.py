@@ -1,4 +1,4 @@
-"""One LoRA optimiser step of `coincide_jax.training` against PyTorch with `peft`.
+"""One LoRA optimiser step of `coincide_jax.training` against PyTorch with `peft`, or against the device's matmul peak.
 
     python -m benchmarks.train_step [--rows B] [--length T] [--rank R] [--rounds N] [--precision P] …
 
@@ -13,6 +13,11 @@ The default sizes are those of the models that `configs/llava_json.py` trains. L
 
     python -m benchmarks.train_step --image=224 --tower 384 11 6 1536 --text 640 24 10 1728 --kv_heads=10 \\
         --vocab=8192 --length=512 --rows=4 --rank=64
+
+Against the peak (the default on a GPU): samples/s, tokens/s, memory and model FLOP utilisation of a step for each
+`--rows`, by the count of `models/flops.py`, as a share of the FLOP/s of a chain of large products. At real sizes:
+
+    python -m benchmarks.train_step --model=llava-1.5-7b --length=2048 --rank=128 --remat --rows 4 8 16
 """
 
 import os
@@ -26,9 +31,10 @@ import numpy as np
 from benchmarks import models, record
 from coincide_jax.core import axes
 from coincide_jax.kernels import bandits
-from coincide_jax.models import hf, layers, vlm
+from coincide_jax.models import flops, hf, layers, vlm
 from coincide_jax.training import state as states
 from coincide_jax.training import steps as compiled
+from coincide_jax.training.log import Work, memory
 from coincide_jax.training.state import Recipe
 from configs import common
 
@@ -36,13 +42,13 @@ STEPS = 1000  # of the schedule; a benchmark takes its first ones
 CLOSE, NEAR = 1e-4, 1e-3  # largest relative difference of the losses: in the first three steps, in all
 
 
-def recipe(keys) -> Recipe:
+def recipe(keys, **changes) -> Recipe:
     """Of one step over the whole batch, at rates that change the loss from step to step."""
     lora = {"rank": keys.rank, "alpha": 2.0 * keys.rank, "dropout": 0.0, "targets": ("all-linear",)}
     rates = {"learning_rate": 1e-3, "projector_learning_rate": 1e-4, "warmup": 0.0}
-    (rows,) = keys.rows
+    rows = keys.rows[0]
     sizes = {"mode": "lora", "batch": rows, "micro_batch": rows, "steps": STEPS, "remat": keys.remat}
-    return Recipe.from_config(common.recipe(lora=lora, **rates, **sizes), "train")
+    return Recipe.from_config(common.recipe(lora=lora, **rates | sizes | changes), "train")
 
 
 def draw_batch(cfg, rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
@@ -65,9 +71,14 @@ class Ours:
         self.losses = []
 
     def __call__(self) -> None:
-        batch = axes.put_batch(self.batch, self.mesh)
-        where = self.state.key, self.state.step, np.int32(0)
-        self.sum = self.run.micro(self.state.params, self.frozen, self.sum, batch, *where)
+        self.step([self.batch])
+
+    def step(self, micro_batches: list[dict]) -> None:
+        """One optimiser step."""
+        for number, batch in enumerate(micro_batches):
+            batch = axes.put_batch(batch, self.mesh)
+            where = self.state.key, self.state.step, np.int32(number)
+            self.sum = self.run.micro(self.state.params, self.frozen, self.sum, batch, *where)
         self.state, self.sum, metrics = self.run.apply(self.state, self.sum, self.schedule)
         self.losses.append(float(metrics["loss"]))
 
@@ -150,15 +161,60 @@ def against_pytorch(keys) -> dict:
     }
 
 
-def main() -> None:
-    """Chooses the peer, prints the line."""
-    parser = models.arguments("A LoRA training step against PyTorch and peft, or the matmul peak; one JSON line.")
+def against_peak(keys) -> dict:
+    """The line of the utilisation, batch by batch until the memory is full."""
+    mesh, cfg = models.one_device_mesh(), models.config(keys)
+    how = recipe(keys)
+    costs, swept = flops.training(cfg, how.mode, how.rank, how.targets), []
+    with jax.set_mesh(mesh):
+        peak = models.matmul_peak(cfg.precision.dtype, keys.peak_size)
+        params = models.draw_params(cfg, mesh, keys.seed)
+        for rows in keys.rows:
+            batch = draw_batch(cfg, rows, keys.length, keys.seed)
+            ours = Ours(params, cfg, recipe(keys, batch=rows, micro_batch=rows), batch, mesh)
+            try:
+                _, _, seconds = models.alternate({"ours": ours}, keys.rounds)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                break
+            middle, work = statistics.median(seconds["ours"]), Work.of([batch])
+            swept.append(
+                {
+                    "rows": rows,
+                    "seconds": round(middle, 4),
+                    "samples_per_s": round(rows / middle, 3),
+                    "tokens_per_s": round(work.positions / middle, 1),
+                    "utilisation": round(work.flops(costs) / middle / peak, 4),
+                    **memory(),
+                }
+            )
+    return {
+        "peer": f"chain of {cfg.precision.compute} products of {keys.peak_size}² matrices",
+        **models.described(keys, cfg),
+        "rank": keys.rank,
+        "remat": keys.remat,
+        "attention": layers.attention_used(cfg.decoder.head_dim, keys.length, cfg.precision.dtype),
+        "peak_tflops": round(peak / 1e12, 3),
+        "swept": swept,
+        "utilisation": max((one["utilisation"] for one in swept), default=None),
+    }
+
+
+def arguments(description: str):
+    """The flags of training steps, and the sizes of a model that `configs/llava_json.py` trains."""
+    parser = models.arguments(description)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--remat", action="store_true", help="keep only the residual stream for the backward pass")
     sizes = {"image": 56, "tower": [96, 3, 4, 288], "text": [96, 6, 4, 256], "kv_heads": 2, "vocab": 4096}
     parser.set_defaults(**sizes, length=64, rows=[32], rounds=20)
-    keys = models.begin(parser)
-    line = against_pytorch(keys)
+    return parser
+
+
+def main() -> None:
+    """Chooses the peer, prints the line."""
+    keys = models.begin(arguments("A LoRA training step against PyTorch and peft, or the matmul peak; one JSON line."))
+    line = against_pytorch(keys) if keys.against == "pytorch" else against_peak(keys)
     record.emit("train_step", line, keys)
 
 

@@ -94,7 +94,7 @@ def test_a_lora_step_in_every_bucket_and_a_round_of_the_curriculum(built):
     sampler, arms = curriculum.make(settings), CONFIG.cluster.k
     total = int(CONFIG.select.fraction * RECORDS)
     steps, slots = recipe.length(total)
-    assert recipe.mode == "lora" and steps == 1040  # one epoch of a fifth, 128 at a time
+    assert recipe.mode == "lora" and recipe.packing and steps == 1040  # one epoch of a fifth, 128 at a time
     with jax.set_mesh(mesh):
         adapters = layers.abstract_arrays(lora.abstract(cfg, recipe.rank, recipe.targets), mesh)
         trained = {"lora": adapters, "projector": params["projector"]}
@@ -111,9 +111,13 @@ def test_a_lora_step_in_every_bucket_and_a_round_of_the_curriculum(built):
         members = plan.Members(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (RECORDS, RECORDS, arms + 1)))
         drawn, p = jax.eval_shape(run.draw, state, members, np.int32(0), np.int32(slots))
         accumulator = jax.eval_shape(lambda params: compiled.empty(params, recipe.batch), state.params)
-        for length in CONFIG.dataset.buckets:
-            slot = {"slot": ((recipe.micro_batch,), jnp.int32)}
-            batch = abstract_batch(mesh, cfg, recipe.micro_batch, length, **slot)
+        micro, longest = recipe.micro_batch, CONFIG.dataset.buckets[-1]
+        slot = {"slot": ((micro,), jnp.int32)}
+        rows = {name: ((8, longest), jnp.int32) for name in ("tokens", "record", "position")}
+        packed = rows | {"labels": ((8, longest), jnp.bool_), "place": ((micro,), jnp.int32)}
+        shapes = [(length, slot) for length in CONFIG.dataset.buckets] + [(longest, slot | packed)]
+        for length, more in shapes:
+            batch = abstract_batch(mesh, cfg, micro, length, **more)
             where = (state.key, state.step, 0, *((state.scale.scale,) if scaled else ()))
             summed = jax.eval_shape(run.micro, state.params, frozen, accumulator, batch, *where)
         after, empty, metrics = jax.eval_shape(run.apply, drawn, summed, Schedule.of(recipe, steps))
