@@ -140,7 +140,6 @@ def fit(
     state = states.start(trained, recipe, sampler, arms, 1 + lag, round_steps, loss_scale=scaled)
     run, schedule = compiled.compile_steps(cfg, recipe, sampler), states.Schedule.of(recipe, steps)
     accumulator = jax.jit(compiled.empty, static_argnums=1)(state.params, recipe.batch)
-
     share = mesh.shape["data"]  # devices that share the rows of a batch
 
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", recipe.keep)
