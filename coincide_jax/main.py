@@ -88,9 +88,10 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise UserError(str(error).splitlines()[0]) from error
 
 
-def find_sweep(argv: Sequence[str]) -> Callable | None:
-    """The config file's `sweep(add)`, if it has one."""
-    return getattr(load_module(config_path(argv)[0]), "sweep", None)
+def find_sweep(argv: Sequence[str]) -> tuple[Callable | None, str]:
+    """The config file's `sweep(add)`, if it has one, and `LAST`, the stage at which its rows end."""
+    module = load_module(config_path(argv)[0])
+    return getattr(module, "sweep", None), getattr(module, "LAST", pipeline.NAMES[-1])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -104,12 +105,14 @@ def main(argv: Sequence[str]) -> None:
         return
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)
     mesh = axes.make_mesh(config.device.model_parallel)
+    sweep, last = find_sweep(sys.argv) if TABLE.value else (None, pipeline.NAMES[-1])
     with jax.set_mesh(mesh):
         pipeline.run(
             config,
             workdir,
             mesh,
-            sweep=find_sweep(sys.argv) if TABLE.value else None,
+            sweep=sweep,
+            last=last,
             given=given_keys(sys.argv),
             stages=STAGES.value,
             force=FORCE.value,

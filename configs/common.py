@@ -68,7 +68,9 @@ def defaults() -> ConfigDict:
             reference=dict(path="", train=recipe()),  # checkpoint folder, of CLIP too; '' = the base tuned on the pool
             extract=dict(
                 num_layers=5,
-                taps=(),  # 0-based decoder layers; () = num_layers spread over the depth
+                taps=(),  # 0-based decoder layers, -1 = the last; () = num_layers spread over the depth
+                tap_from="attention",  # a layer's attention (output projection) | mlp | block (residual stream)
+                squash="tanh",  # of the mean over tokens: tanh | sign (booleans); tanh_first: tanh, then the mean
                 rows_per_device=32,
                 scores=False,  # nll, EL2N, AUM of each record too (the forward pass then runs to the logits)
                 features="",  # features made elsewhere (.zarr or .npy); nothing is extracted

@@ -61,21 +61,51 @@ def test_published_taps():
     assert activations.spread_taps(4, 5) == (0, 1, 2, 3)
 
 
-def test_features_are_the_formula():
-    mesh, batch, taps = one_device(), tiny_batch(), (0, 1, 2, 3, 4)
+def test_taps_by_config():
+    keys = common.defaults().extract
+    assert activations.choose_taps(keys, 24) == (3, 7, 11, 15, 19)
+    keys.taps = (-1, 2, 5)
+    assert activations.choose_taps(keys, 6) == (2, 5)
+    keys.taps = (0, -7)
+    with pytest.raises(UserError, match=r"extract.taps = \(0, -7\) names a layer outside the decoder's 0…5"):
+        activations.choose_taps(keys, 6)
+
+
+@pytest.mark.parametrize(("key", "word"), [("tap_from", "feed"), ("squash", "boolean")])
+def test_words_are_checked_before_anything_runs(key, word):
+    config = common.defaults()
+    config.extract[key] = word
+    with pytest.raises(UserError, match=f"extract.{key}"):
+        extract.check(config)
+
+
+SQUASHED = {  # what each word makes of the states [tokens, W] of one half, in float64
+    "tanh": lambda z: np.tanh(z.mean(0)),
+    "tanh_first": lambda z: np.tanh(z).mean(0),
+    "sign": lambda z: np.where(z.mean(0) > 0, 1.0, -1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("tap_from", "squash"),
+    [("attention", "tanh"), ("mlp", "tanh"), ("block", "tanh"), ("attention", "tanh_first"), ("attention", "sign")],
+)
+def test_features_are_the_formula(tap_from, squash):
+    """What the layers show is held against PyTorch in tests/models/test_families.py."""
+    mesh, batch, taps = one_device(), tiny_batch(), (0, 1, 2, 3, 5)
     with jax.set_mesh(mesh):
         params, put = tiny_params(mesh), axes.put_batch(batch, mesh)
-        found = np.asarray(activations.features(params, put, CFG, taps)["features"])
-        raw = np.asarray(vlm.forward(params, put, CFG, tap=lambda z: z).taps).astype(np.float64)
+        made = activations.features(params, put, CFG, taps, tap_from=tap_from, squash=squash)
+        found = np.asarray(made["features"])
+        raw = np.asarray(vlm.forward(params, put, CFG, tap=lambda z: z, tap_from=tap_from).taps).astype(np.float64)
     for row in range(ROWS):
         parts = []
         for tap in taps:
             z = raw[tap, row]
             start = batch["image_start"][row]
-            visual = z[start : start + CFG.image_tokens].mean(0) if start >= 0 else np.zeros(16)
-            text = z[batch["text"][row]].mean(0)
-            for mean in (visual, text):
-                squashed = np.tanh(mean)
+            visual = SQUASHED[squash](z[start : start + CFG.image_tokens]) if start >= 0 else np.zeros(16)
+            text = SQUASHED[squash](z[batch["text"][row]])
+            for squashed in (visual, text):
                 parts.append(squashed / max(np.linalg.norm(squashed), 1e-12) / np.sqrt(10))
         wanted = np.concatenate(parts)
         if batch["image_start"][row] < 0:
