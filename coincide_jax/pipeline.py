@@ -133,6 +133,19 @@ def reads(config: ConfigDict, stage: Stage) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_rows(config: ConfigDict, mesh, names: Sequence[str]) -> None:
+    """Finds batches that the devices cannot share evenly, before the stages `names` run.
+
+    Raises:
+      UserError: rows of one pass that are no multiple of the devices on 'data'.
+    """
+    flat, devices = flatten(config), mesh.shape["data"]
+    for name, key in (("base", "base.micro_batch"), ("reference", "reference.train.micro_batch"),
+                      ("train", "train.micro_batch"), ("evaluate", "evaluate.rows")):  # fmt: skip
+        if name in names and needed(config, name) and flat[key] % devices:
+            raise UserError(f"{key} is {flat[key]}; expected a multiple of the {devices} devices that share its rows")
+
+
 def check(config: ConfigDict) -> None:
     """Finds what a config can get wrong before anything runs.
 
@@ -274,17 +287,19 @@ def run(
     check(config)
     rows = table_rows(config, sweep, given)
     seeds = config.seeds if sweep is not None else (None,)
+    names = tuple(stages) or NAMES[: NAMES.index(last) + 1]
     for changes in rows.values():
-        check(row_config(config, changes, seeds[0]))
+        one = row_config(config, changes, seeds[0])
+        check(one)
+        check_rows(one, mesh, names)
     headline = next(iter(rows))
     options = {"mesh": mesh, "force": force, "command": command}
     with locked(workdir):
-        names = tuple(stages) or NAMES[: NAMES.index(last) + 1]
         first = row_config(config, rows[headline], seeds[0])
         top = run_row(first, workdir, shared={}, names=names, **options)
         if not stages:
             common = run_others(config, workdir, rows, seeds, top, last, options)
-            tell_audits(workdir, {row: folders["cluster"] for row, folders in common.items() if "cluster" in folders})
+            audits.tell(workdir, {row: folders["cluster"] for row, folders in common.items() if "cluster" in folders})
         if arrays_only(first):
             say("select", f"indices {workdir / 'select' / 'indices.npy'}")
         elif "report" in names:
@@ -343,15 +358,6 @@ def share(config, folder: Path, stages: Sequence[Stage], made: dict[str, Path], 
                 made[key] = run_row(config, folder, shared=folders, names=(stage.name,), **options)[stage.name]
             folders[stage.name] = made[key]
     return folders
-
-
-def tell_audits(workdir: Path, clusters: dict[str, Path]) -> None:
-    """Where rows have clusters of their own: prints and writes how good those of each row are, audit.md, audit.json."""
-    if len(set(clusters.values())) > 1:
-        found = audits.collect(clusters)
-        artifacts.write_json(workdir / "audit.json", found)
-        artifacts.write_text(workdir / "audit.md", audits.markdown(found))
-        print(f"\n{audits.markdown(found)}")
 
 
 def finish(

@@ -8,7 +8,7 @@ import command
 import pytest
 
 from coincide_jax import main, pipeline
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, axes
 from coincide_jax.report import audits
 from coincide_jax.selection import coincide
 from configs import common
@@ -85,11 +85,11 @@ def ran(monkeypatch, tmp_path) -> dict[str, dict[str, dict[str, str]]]:
         return made
 
     monkeypatch.setattr(pipeline, "run_row", run_row)
-    monkeypatch.setattr(pipeline, "tell_audits", lambda workdir, clusters: None)
+    monkeypatch.setattr(audits, "tell", lambda workdir, clusters: None)
     monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)
     config = common.defaults()
     config.dataset.records, config.seeds = "drawn", (0, 1)
-    pipeline.run(config, tmp_path, None, sweep=lambda add: [add(row, keys) for row, keys in ROWS.items()])
+    pipeline.run(config, tmp_path, axes.make_mesh(), sweep=lambda add: [add(row, keys) for row, keys in ROWS.items()])
     return runs
 
 
@@ -131,11 +131,11 @@ def test_the_audit_ends_with_the_clusters(monkeypatch, tmp_path):
         return shared | {name: workdir / name for name in names}
 
     monkeypatch.setattr(pipeline, "run_row", run_row)
-    monkeypatch.setattr(pipeline, "tell_audits", lambda workdir, clusters: ended.append(clusters))
+    monkeypatch.setattr(audits, "tell", lambda workdir, clusters: ended.append(clusters))
     module = main.load_module(command.ROOT / "configs" / "sweeps" / "audit.py")
     config = module.get_config().unlock()
     config.dataset.records = "drawn"
-    pipeline.run(config, tmp_path, None, sweep=module.sweep, last=module.LAST)
+    pipeline.run(config, tmp_path, axes.make_mesh(), sweep=module.sweep, last=module.LAST)
     *runs, clusters = ended
     assert len(clusters) == 12 == len(set(clusters.values()))
     assert runs[0] == (".", "dataset", "base", "reference", "extract", "cluster")

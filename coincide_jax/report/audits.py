@@ -7,6 +7,15 @@ from coincide_jax.core import artifacts
 PLAIN = ("cohesion", "separation", "silhouette")
 
 
+def tell(workdir: pathlib.Path, clusters: dict[str, pathlib.Path]) -> None:
+    """Where rows have clusters of their own: prints and writes how good those of each row are, audit.md, audit.json."""
+    if len(set(clusters.values())) > 1:
+        found = collect(clusters)
+        artifacts.write_json(workdir / "audit.json", found)
+        artifacts.write_text(workdir / "audit.md", markdown(found))
+        print(f"\n{markdown(found)}")
+
+
 def collect(folders: dict[str, pathlib.Path]) -> list[dict]:
     """One entry a row, from the `quality.json` of its cluster folder.
 

@@ -24,11 +24,10 @@ KS = (100, 300, 1000)
 
 
 def get_config() -> ConfigDict:
-    """The tiny models of `configs/llava_json.py`, three passes over the base's records instead of ten."""
+    """The tiny models of `configs/llava_json.py`, two passes over the base's records instead of ten."""
     config = llava_json.get_config().unlock()
     config.name = "audit"
-    config.base.epochs = 3.0
-    config.reference.train.epochs = 2.0
+    config.base.epochs = 2.0
     return config.lock()
 
 
