@@ -155,6 +155,18 @@ def defaults() -> ConfigDict:
                 seed=0,
             ),
             seeds=(0,),  # of every row of the table
+            plan=dict(  # for --plan alone, where data and weights are not at hand
+                records=0,  # of dataset.records or extract.features
+                length=0,  # positions of a record on average; 0 = the shortest of dataset.buckets
+                width=0,  # D of extract.features
+                efficiency=0.4,  # share of the peak at which hours are told
+                reference=dict(  # sizes of reference.path; a decoder of width 0 = those of the target
+                    image_size=0,
+                    vocab=0,
+                    vision=dict(patch=0, width=0, depth=0, heads=0, mlp=0),
+                    decoder=dict(width=0, depth=0, heads=0, kv_heads=0, mlp=0),
+                ),
+            ),
             device=dict(model_parallel=1, precision="auto"),  # auto | float32 | bfloat16 | float16
         )
     )

@@ -112,12 +112,6 @@ def test_rows_that_the_devices_cannot_share(tmp_path, key):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_plan_runs_nothing(tmp_path):
-    status, output = command.call(command.TINY, f"--workdir={tmp_path}/w", "--plan=1xCPU-8GB")
-    assert status == 0 and output.strip().splitlines()[-1].startswith("1xCPU-8GB: parameters")
-    assert not (tmp_path / "w").exists()
-
-
 def test_missing_file(tmp_path):
     assert f"{tmp_path}/none.json does not exist" in sentence(*own(tmp_path / "none.json", tmp_path))
 
