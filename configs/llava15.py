@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     )
     config.extract.rows_per_device = 8
     config.cluster.k = 10_000
-    config.cluster.audit.duplicates = 1.0  # would read the features some 30 times; `--plan` counts it
+    config.cluster.audit.duplicates = 1.0  # would read the features some 25 times; `--plan` counts it
     config.select.fraction = 0.2
     config.curriculum.round_steps = 20
     config.train = common.recipe(

@@ -46,6 +46,14 @@ def tell(config, devices: list[Devices], *, arrays: bool = False) -> str:
     return "\n\n".join(_table(config, one, arrays) for one in devices)
 
 
+HOST_KEYS = {  # what to change where the host's memory is too small
+    "extract": "lower dataset.cache_mib",
+    "cluster": "take cluster.init=random, or lower cluster.chunk or cluster.audit.cache_mib",
+    "select": "lower select.cache_mib",
+    "evaluate": "lower dataset.cache_mib",
+}
+
+
 def refuse(config, devices: list[Devices], *, arrays: bool = False) -> None:
     """Raises `UserError` for the first devices that a stage does not fit, with the key to change."""
     for one in devices:
@@ -55,6 +63,12 @@ def refuse(config, devices: list[Devices], *, arrays: bool = False) -> None:
                 raise UserError(
                     f"{config.name} does not fit {one}: stage '{cost.stage}' takes {needed / GB:.1f} GB of each "
                     f"device's {one.bytes / GB:.1f}; {cost.remedy}"
+                )
+            if one.host and cost.host > one.host:
+                remedy = HOST_KEYS.get(cost.stage, "the model is written from there: take a larger host")
+                raise UserError(
+                    f"{config.name} does not fit this host: stage '{cost.stage}' takes {cost.host / GB:.1f} GB of its "
+                    f"{one.host / GB:.1f}; {remedy}"
                 )
 
 

@@ -55,6 +55,7 @@ class Devices(NamedTuple):
     speed: Kind
     usable: float  # share of the memory that JAX takes as it is
     largest: float  # share that it can be told to take
+    host: float = 0.0  # bytes of the host's memory; 0 = not known
 
     @classmethod
     def parse(cls, text: str) -> "Devices":
@@ -80,12 +81,13 @@ class Devices(NamedTuple):
         first, count = jax.devices()[0], jax.device_count()
         if first.platform == "cpu":
             kind = Kind("float32", measured(jnp.float32) / count, measured(jnp.float64) / count)
-            return cls(count, "CPU", physical_memory() / count, kind, LARGEST_SHARE, LARGEST_SHARE)
+            memory = physical_memory()
+            return cls(count, "CPU", memory / count, kind, LARGEST_SHARE, LARGEST_SHARE, memory)
         name = first.device_kind.replace(" lite", "e").replace(" ", "")
         names = [known for known in sorted(KINDS, key=len, reverse=True) if known in name]
         limit = (first.memory_stats() or {}).get("bytes_limit", 0)
         kind = KINDS[names[0]] if names else Kind(choose().compute, 0.0, 0.0)
-        return cls(count, names[0] if names else name, float(limit), kind, 1.0, 1.0)
+        return cls(count, names[0] if names else name, float(limit), kind, 1.0, 1.0, physical_memory())
 
     @property
     def cpu(self) -> bool:

@@ -8,7 +8,6 @@ small JSON and Parquet files, and the few hundred MB of JAX itself.
 import math
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from coincide_jax.core import artifacts
@@ -77,7 +76,7 @@ def extract(config, s: Sizes, devices: Devices) -> Cost:
         training.tower_sets(cut, rows, wide)[1],
     ]
     if scores:
-        working.append(4 * 4 * tokens * cfg.decoder.vocab / wide)
+        working.append(3 * 4 * tokens * cfg.decoder.vocab / wide)
     tree = vlm.abstract(cut)
     weights = training.elements(tree, s.mesh)
     if not scores:
@@ -102,9 +101,9 @@ def cluster(config, s: Sizes, devices: Devices) -> Cost:
     if devices.cpu and not keys.memory_mib:
         memory = tiles.CPU_MEMORY
     cut = tiles.tiling(sample, width, k, keys.chunk, devices.count, "float16", fast, memory)
-    row = width * (2 if np.dtype("float16") == jnp.dtype(fast) else 2 + jnp.dtype(fast).itemsize)
     kept = cut.count * cut.per if cut.resident else 3 * cut.per
-    device = kept * row + tiles.CENTROID_BYTES * k * width + 8 * cut.per * k
+    device = kept * tiles.row_bytes(width, "float16", fast) + cut.per * tiles.work_bytes(width, k)
+    device += tiles.CENTROID_BYTES * k * width
     host = 3 * 2 * cut.chunk * width + 8 * k * width + 260 * n
     flop = 2.0 * sample * k * width * keys.iterations + 2.0 * n * k * width * (sample < n)
     passes = keys.iterations + 2

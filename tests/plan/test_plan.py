@@ -13,6 +13,7 @@ import pytest
 
 from coincide_jax import cluster, plan, selection
 from coincide_jax.core import axes, precision
+from coincide_jax.core.errors import UserError
 from coincide_jax.core import store as stores
 from coincide_jax.extract import activations
 from coincide_jax.models import layers, vlm
@@ -231,6 +232,9 @@ def test_kmeans_parallel_says_what_it_holds():
     config.cluster.init = "k-means||"
     found = by_stage(config, "1xH100-80GB")["cluster"]
     assert found.host - plain.host == 24 * 100_000 * 20_480 and "k-means|| holds 100000 drawn rows" in found.how
+
+    with pytest.raises(UserError, match=r"does not fit this host: stage 'cluster' takes 51.* take cluster.init=random"):
+        plan.refuse(config, [Devices.parse("1xH100-80GB")._replace(host=48e9)])
 
 
 def test_nothing_is_run(tmp_path):

@@ -64,15 +64,24 @@ class Tiling(NamedTuple):
 
 def tiling(rows: int, width: int, k: int, chunk: int, shards: int, stored, fast, memory: float) -> Tiling:
     """Cuts `rows` of the type `stored`, with products in the type `fast`, for `memory` bytes on `shards` devices."""
-    stored, fast = jnp.dtype(stored), jnp.dtype(fast)
-    row_bytes = width * (stored.itemsize + (fast.itemsize if stored != fast else 0))
-    # a tile in work: its rows three times over (two are on their way), float64 of the first pass, scores
-    working = 3 * row_bytes + 24 * width + 16 * k
-    chunk = max(min(chunk, rows, int(memory // 2) // working), 1)
+    row = row_bytes(width, stored, fast)
+    # a tile in work: its rows three times over (two are on their way), and what is made of them
+    chunk = max(min(chunk, rows, int(memory // 2) // (3 * row + work_bytes(width, k))), 1)
     per = -(-chunk // shards)
     chunk = per * shards
     count = -(-rows // chunk)
-    return Tiling(per, chunk, count, count * chunk * row_bytes <= memory)
+    return Tiling(per, chunk, count, count * chunk * row <= memory)
+
+
+def row_bytes(width: int, stored, fast) -> int:
+    """Bytes of a row on a device: as stored, and in the fast type where that is another."""
+    stored, fast = jnp.dtype(stored), jnp.dtype(fast)
+    return width * (stored.itemsize + (fast.itemsize if stored != fast else 0))
+
+
+def work_bytes(width: int, k: int) -> int:
+    """Bytes of what is made of a row: float64 in the first pass, scores."""
+    return 24 * width + 16 * k
 
 
 def put(array: np.ndarray, sharding) -> jax.Array:
