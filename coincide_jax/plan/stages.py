@@ -51,6 +51,14 @@ def store(rows: int, width: int) -> float:
     return float(chunks * (2 * height * width + 4) + shards * (16 * each + 4))
 
 
+def forward_set(cfg, rows: int, length: int, wide: int) -> float:
+    """Bytes that one decoder block works with where nothing is kept for a backward pass, its tap included."""
+    text, c = cfg.decoder, cfg.precision.dtype.itemsize
+    _, attention, layer = training.block_sets(cfg, rows, length, wide)
+    columns = 7 * text.width + 2 * text.heads * text.head_dim / wide + 2 * text.mlp / wide
+    return c * rows * length * columns + 3 * attention + layer
+
+
 def extract(config, s: Sizes, devices: Devices) -> Cost:
     """Features of the pool's records, one forward pass."""
     rows, length, data = config.extract.rows_per_device, config.dataset.max_length, s.mesh.shape["data"]
@@ -69,14 +77,9 @@ def extract(config, s: Sizes, devices: Devices) -> Cost:
     depth, scores = cfg.decoder.depth, config.extract.scores
     held = depth if scores else choose_taps(config.extract, depth)[-1] + 1
     cut = flops.first_layers(cfg, held)
-    saved, attention, layer = training.block_sets(cut, rows, length, wide)
-    tokens = rows * length
-    working = [
-        saved + 2 * attention + layer + 5 * 4 * tokens * cfg.decoder.width,
-        training.tower_sets(cut, rows, wide)[1],
-    ]
-    if scores:
-        working.append(3 * 4 * tokens * cfg.decoder.vocab / wide)
+    working = [forward_set(cut, rows, length, wide), training.tower_sets(cut, rows, wide)[1]]
+    if scores:  # logits, and what softmax makes of them
+        working.append(5 * 4 * rows * length * cfg.decoder.vocab / wide)
     tree = vlm.abstract(cut)
     weights = training.elements(tree, s.mesh)
     if not scores:
@@ -190,11 +193,10 @@ def evaluate(config, s: Sizes, devices: Devices) -> Cost:
     keys, cfg, data = config.evaluate, s.target, s.mesh.shape["data"]
     wide, c = config.device.model_parallel, cfg.precision.dtype.itemsize
     rows, length, new = -(-keys.rows // data), config.dataset.max_length, keys.max_new_tokens
-    saved, attention, layer = training.block_sets(cfg, rows, length, wide)
     text = cfg.decoder
     cache = 2 * c * rows * (length + new) * text.depth * text.kv_heads * text.head_dim / wide
     weights = training.elements(vlm.abstract(cfg), s.mesh)
-    working = max(saved + 2 * attention + layer, training.tower_sets(cfg, rows, wide)[1])
+    working = max(forward_set(cfg, rows, length, wide), training.tower_sets(cfg, rows, wide)[1])
     device = max(c * weights + cache + working, (4 + c) * weights)  # read in float32, then cast
     flop = flops.encode(cfg, s.questions, s.length) + flops.decode(cfg, s.questions, s.length, new)
     how = f"{keys.rows} questions at a time, {new} new tokens each at most"

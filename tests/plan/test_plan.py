@@ -13,8 +13,8 @@ import pytest
 
 from coincide_jax import cluster, plan, selection
 from coincide_jax.core import axes, precision
-from coincide_jax.core.errors import UserError
 from coincide_jax.core import store as stores
+from coincide_jax.core.errors import UserError
 from coincide_jax.extract import activations
 from coincide_jax.models import layers, vlm
 from coincide_jax.plan import flops, sizes, stages
@@ -144,16 +144,16 @@ def test_memory_is_counted_within_30_percent(tmp_path, stage, rows, width, k):
     assert found.host + found.device == pytest.approx(measured, rel=0.3)
 
 
-@pytest.mark.parametrize("scores", [False, True])
-def test_extraction_is_what_xla_says_within_30_percent(scores):
+@pytest.mark.parametrize(("scores", "vocab"), [(False, 1024), (True, 4096)])
+def test_extraction_is_what_xla_says_within_30_percent(scores, vocab):
     config = common.defaults()
-    config.dataset.update(max_length=256, buckets=(256,), vocab=1024, image_size=56)
+    config.dataset.update(max_length=256, buckets=(256,), vocab=vocab, image_size=56)
     config.model.vision = dict(patch=14, width=64, depth=9, heads=2, mlp=128)
     config.model.decoder = dict(width=192, depth=9, heads=4, kv_heads=2, mlp=512)
     config.extract.update(rows_per_device=32, scores=scores)
     config.dataset.records, config.reference.path = "drawn", "not here"
     mesh = axes.make_mesh(devices=jax.devices()[:1])
-    cfg = vlm.VLMConfig.tiny(config.model, 56, 1024, precision.choose("float32"))
+    cfg = vlm.VLMConfig.tiny(config.model, 56, vocab, precision.choose("float32"))
     taps = activations.choose_taps(config.extract, 9)
     cut = flops.first_layers(cfg, 9 if scores else taps[-1] + 1)
     with jax.set_mesh(mesh):
