@@ -156,9 +156,8 @@ def defaults() -> ConfigDict:
             ),
             seeds=(0,),  # of every row of the table
             plan=dict(  # for --plan alone, where data and weights are not at hand
-                records=0,  # of dataset.records or extract.features
+                records=0,  # of dataset.records
                 length=0,  # positions of a record on average; 0 = the shortest of dataset.buckets
-                width=0,  # D of extract.features
                 efficiency=0.4,  # share of the peak at which hours are told
                 reference=dict(  # sizes of reference.path; a decoder of width 0 = those of the target
                     image_size=0,

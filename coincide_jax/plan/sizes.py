@@ -36,18 +36,14 @@ def find(config, devices: Devices, arrays: bool) -> Sizes:
     """The sizes of a run; `arrays`: it has features made elsewhere and no records.
 
     Raises:
-      UserError: nothing says how many records there are, or how wide features are; devices that do not divide.
+      UserError: nothing says how many records there are; features that cannot be read; devices that do not divide.
     """
     wide = config.device.model_parallel
     if devices.count % wide:
         raise UserError(f"device.model_parallel is {wide}; expected a divisor of the {devices.count} devices")
     mesh = AbstractMesh((devices.count // wide, wide), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    given, shape = config.extract.features, (0, config.plan.width)
-    if given and pathlib.Path(given).exists():
-        shape = open_features(pathlib.Path(given)).shape
-    n, width = shape[0] or _records(config, arrays), shape[1]
-    if given and not width:
-        raise UserError(f"extract.features {given} is not here and plan.width is 0; give --config.plan.width=D")
+    given = config.extract.features
+    n, width = open_features(pathlib.Path(given)).shape if given else (_records(config), 0)
     if arrays:
         return Sizes(n, n, 0, 0, width, 0, 0.0, None, None, mesh)
     named = config.device.precision
@@ -74,16 +70,17 @@ def find(config, devices: Devices, arrays: bool) -> Sizes:
     )
 
 
-def _records(config, arrays: bool) -> int:
+def _records(config) -> int:
     """N: of the records file, if it is here; of the drawn data; else `plan.records`."""
     keys, n = config.dataset, config.plan.records
     if keys.records == "drawn":
         n = keys.drawn.records
-    elif not arrays and keys.records and pathlib.Path(keys.records).is_file():
+    elif keys.records and pathlib.Path(keys.records).is_file():
         n = len(source.load(keys.records))
     if not n:
-        name = f"extract.features {config.extract.features}" if arrays else f"dataset.records '{keys.records}'"
-        raise UserError(f"{name} is not here and plan.records is 0; give --config.plan.records=N")
+        raise UserError(
+            f"dataset.records '{keys.records}' is not here and plan.records is 0; give --config.plan.records=N"
+        )
     return min(n, keys.limit or n)
 
 

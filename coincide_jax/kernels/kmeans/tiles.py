@@ -13,7 +13,7 @@ import numpy as np
 from coincide_jax.kernels.kmeans import products
 from coincide_jax.kernels.kmeans.exact import LARGEST, grid
 
-CENTROID_BYTES = 80  # on a device for each number of the centroids: sums in two limbs, copies in three types
+CENTROID_BYTES = 80  # on a device for each number of the centroids, at most (`kmeans.fit` says of what)
 CPU_MEMORY = 4 << 30  # bytes for features on CPUs, where there is no device memory to ask for
 SIZES = (128, 512)  # rows a device of one call for chosen rows
 
