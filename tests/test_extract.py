@@ -11,12 +11,13 @@ import transformers
 import weights
 from PIL import Image
 
-from coincide_jax import extract
+from coincide_jax import extract, plan
 from coincide_jax.core import artifacts, axes, store
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import images, tokenizer
 from coincide_jax.extract import activations
 from coincide_jax.models import vlm
+from coincide_jax.plan import stages
 from configs import common
 
 MODEL = dict(
@@ -262,6 +263,14 @@ def test_clip_alone_can_be_the_reference(alone, tmp_path):
             halves = np.concatenate([np.zeros(16), halves[16:] * np.sqrt(2)])
         np.testing.assert_allclose(found[number], halves, atol=6e-4)
     assert len(ids.encode(" ".join(text for turn in TURNS[3] for text in turn))) > POSITIONS - 2  # one was cut
+
+
+def test_the_plan_knows_clip(alone):
+    root, config, *_ = alone
+    config = config.copy_and_resolve_references()
+    config.dataset.records = str(root / "records.json")
+    (found,) = [one for one in plan.costs(config, plan.Devices.parse("1xCPU-8GB"))[0] if one.stage == "extract"]
+    assert found.disk == stages.store(4, 32) and found.flop > 0 and "CLIP" in found.how
 
 
 def test_clip_has_no_scores(alone, tmp_path):
