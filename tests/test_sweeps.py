@@ -153,6 +153,8 @@ def test_audits_stand_side_by_side(tmp_path):
             {"sizes": [3, 2], "within_cosine": {"overall": 0.75}, "between_centroids": 0.1, "labels": labels,
              **({"separation": {"cosine_to_the_next": 0.5, "silhouette": 0.625}} if name == "a" else {})},
         )  # fmt: skip
+    audits.tell(tmp_path, {"a": tmp_path / "a", "b": tmp_path / "b", "c": tmp_path / "a"})
+    assert "| a, c | 2 |" in (tmp_path / "audit.md").read_text()
     found = audits.collect({name: tmp_path / name for name in "ab"})
     assert [row["records"] for row in found] == [5, 5]
     *_, first, second = audits.markdown(found).splitlines()

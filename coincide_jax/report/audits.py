@@ -8,9 +8,13 @@ PLAIN = ("cohesion", "separation", "silhouette")
 
 
 def tell(workdir: pathlib.Path, clusters: dict[str, pathlib.Path]) -> None:
-    """Where rows have clusters of their own: prints and writes how good those of each row are, audit.md, audit.json."""
-    if len(set(clusters.values())) > 1:
-        found = collect(clusters)
+    """Where rows have clusters of their own: prints and writes how good they are, audit.md, audit.json; rows with the
+    same clusters share a line."""
+    rows = {}
+    for row, folder in clusters.items():
+        rows.setdefault(folder, []).append(row)
+    if len(rows) > 1:
+        found = collect({", ".join(names): folder for folder, names in rows.items()})
         artifacts.write_json(workdir / "audit.json", found)
         artifacts.write_text(workdir / "audit.md", markdown(found))
         print(f"\n{markdown(found)}")
