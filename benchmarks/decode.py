@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import models, record
 from coincide_jax.core import axes
-from coincide_jax.models import generate
+from coincide_jax.models import flops, generate
 
 NEVER = -5  # an id that no token has
 
@@ -105,7 +105,7 @@ def against_peak(keys) -> dict:
                     raise
                 break
             middle = statistics.median(after_first(seconds, "ours"))
-            rate = models.decode_flops(cfg, rows, keys.length, keys.new - 1) / middle
+            rate = flops.decode(cfg, rows, keys.length, keys.new - 1) / middle
             swept.append(
                 {
                     "rows": rows,

@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks import models, record
 from coincide_jax.core import axes
 from coincide_jax.extract import activations
+from coincide_jax.models import flops
 
 
 def peer_features(model, inputs: dict, batch: dict, taps: tuple[int, ...], held: int) -> np.ndarray:
@@ -111,7 +112,7 @@ def against_peak(keys) -> dict:
                     raise
                 break
             middle = statistics.median(seconds["ours"])
-            rate = models.encode_flops(cfg, rows, keys.length) / middle
+            rate = flops.encode(cfg, rows, keys.length) / middle
             swept.append(
                 {
                     "rows": rows,

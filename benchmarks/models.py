@@ -14,8 +14,7 @@ import numpy as np
 
 from benchmarks import record
 from coincide_jax.core import axes, precision
-from coincide_jax.models import decoder, hf, layers, vlm
-from coincide_jax.models.flops import products
+from coincide_jax.models import hf, layers, vlm
 from coincide_jax.models.vlm import VLMConfig
 
 IMAGE_ID = 2  # stands at the image's positions of the peer's prompts
@@ -198,27 +197,6 @@ def draw_params(cfg: VLMConfig, mesh, seed: int) -> dict:
         return draw(key)
 
     return tree.unflatten([one(*each) for each in zip(keys, leaves, stds, strict=True)])
-
-
-def encode_flops(cfg: VLMConfig, rows: int, length: int) -> float:
-    """Model FLOP of a forward pass without the head: 2 a weight and token, and attention: 4 · keys · columns a query,
-    with (length + 1) / 2 keys on average in the causal decoder. Norms, activations and softmax are not counted."""
-    tree, eye = vlm.abstract(cfg), cfg.vision
-    seen = eye.tokens + eye.class_token
-    image = (
-        2 * products({key: tree[key] for key in ("vision", "projector")}) * seen + 4 * eye.depth * seen**2 * eye.width
-    )
-    text = 2 * products(tree["decoder"]["blocks"]) * length
-    heads = sum(run.count * run.heads for run in decoder.runs(cfg.decoder))
-    return float(rows * (image + text + 2 * heads * cfg.decoder.head_dim * length * (length + 1)))
-
-
-def decode_flops(cfg: VLMConfig, rows: int, first: int, count: int) -> float:
-    """Model FLOP of `count` single tokens a row, the head included, the first of them at position `first`."""
-    weights = products(vlm.abstract(cfg)["decoder"]["blocks"]) + cfg.decoder.vocab * cfg.decoder.width
-    heads = sum(run.count * run.heads for run in decoder.runs(cfg.decoder))
-    keys = count * (first + 1) + count * (count - 1) // 2
-    return float(rows * (2 * weights * count + 4 * heads * cfg.decoder.head_dim * keys))
 
 
 def matmul_peak(dtype, size: int) -> float:

@@ -1,7 +1,8 @@
 """The command: flags, mesh, then `pipeline.run`.
 
 python -m coincide_jax.main --config=FILE [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=STAGE]
-python -m coincide_jax.main --config=FILE --plan=1xH100-80GB,4xV100-32GB      memory of training, nothing is run
+python -m coincide_jax.main --config=FILE --plan                                   what each stage takes, nothing is run
+python -m coincide_jax.main --config=FILE --plan_devices=1xH100-80GB,4xV100-32GB    the same on other devices
 """
 
 import ctypes
@@ -25,7 +26,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/
 STAGES = flags.DEFINE_list("stages", [], f"Run only these stages of {', '.join(pipeline.NAMES)}.")
 FORCE = flags.DEFINE_string("force", None, "Run this stage and all after it again, in every row.")
 TABLE = flags.DEFINE_bool("table", True, "Run every row of the config's table; --notable: the config as one run.")
-PLAN = flags.DEFINE_list("plan", [], "Print the memory that training takes on devices like 4xV100-32GB; run nothing.")
+PLAN = flags.DEFINE_bool("plan", False, "Print what each stage takes on the devices present; run nothing.")
+PLAN_DEVICES = flags.DEFINE_list("plan_devices", [], "Print it for devices like 4xV100-32GB; run nothing.")
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
@@ -88,9 +90,10 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise UserError(str(error).splitlines()[0]) from error
 
 
-def find_sweep(argv: Sequence[str]) -> Callable | None:
-    """The config file's `sweep(add)`, if it has one."""
-    return getattr(load_module(config_path(argv)[0]), "sweep", None)
+def find_sweep(argv: Sequence[str]) -> tuple[Callable | None, str]:
+    """The config file's `sweep(add)`, if it has one, and `LAST`, the stage at which its rows end."""
+    module = load_module(config_path(argv)[0])
+    return getattr(module, "sweep", None), getattr(module, "LAST", pipeline.NAMES[-1])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,18 +101,23 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     keep_memory()
     config = CONFIG.value
-    if PLAN.value:
+    if PLAN.value or PLAN_DEVICES.value:
         pipeline.check(config)
-        print(plan.tell(config, PLAN.value))
+        devices = [plan.Devices.parse(text) for text in PLAN_DEVICES.value] or [plan.Devices.present()]
+        arrays = pipeline.arrays_only(config)
+        print(plan.tell(config, devices, arrays=arrays))
+        plan.refuse(config, devices, arrays=arrays)
         return
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)
     mesh = axes.make_mesh(config.device.model_parallel)
+    sweep, last = find_sweep(sys.argv) if TABLE.value else (None, pipeline.NAMES[-1])
     with jax.set_mesh(mesh):
         pipeline.run(
             config,
             workdir,
             mesh,
-            sweep=find_sweep(sys.argv) if TABLE.value else None,
+            sweep=sweep,
+            last=last,
             given=given_keys(sys.argv),
             stages=STAGES.value,
             force=FORCE.value,

@@ -2,7 +2,8 @@
 
 A run is one selector, one curriculum, one seed; its stages leave one folder each in the workdir. A table is a sweep of
 ordinary runs: the first row is the headline in the top folder, the others live in `rows/<row>/seed<k>/` and are handed
-the headline's dataset, features and clusters, so that nothing is trained or extracted twice.
+dataset, features and clusters of the headline, or of the first row with the same settings; where no row has them, they
+are made once for all seeds, in `rows/<row>/`. So nothing is trained, extracted or clustered twice.
 """
 
 import contextlib
@@ -19,8 +20,10 @@ from ml_collections import ConfigDict
 from coincide_jax import cluster, curriculum, dataset, evaluation, extract, report, selection, training
 from coincide_jax.core import artifacts, manifests, precision
 from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.core.keys import flatten, subset
 from coincide_jax.core.metrics import say
 from coincide_jax.evaluation import relative
+from coincide_jax.report import audits
 
 Path = pathlib.Path
 
@@ -54,35 +57,8 @@ STAGES = (
     Stage("report", report.run, report.KEYS, report.STAGE_VERSION),
 )
 NAMES = tuple(stage.name for stage in STAGES)
-SHARED = ("dataset", "base", "reference", "extract", "cluster")  # what the rows of a table have in common
+SHARED = ("dataset", "base", "reference", "extract", "cluster")  # what rows with the same settings have in common
 SEEDS = ("base.seed", "train.seed", "select.seed")  # what `seeds` sets in every row
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """`{dotted key: value}` of a config, tuples as lists."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def subset(config: ConfigDict, keys: Sequence[str]) -> ConfigDict:
-    """The config with only the keys that a stage declares; reading another one fails."""
-    view = ConfigDict()
-    for key in keys:
-        *parents, last = key.split(".")
-        source, target = config, view
-        for parent in parents:
-            source = source[parent]
-            if parent not in target:
-                target[parent] = ConfigDict()
-            target = target[parent]
-        value = source[last]
-        target[last] = value.copy_and_resolve_references() if isinstance(value, ConfigDict) else value
-    return view.lock()
 
 
 @contextlib.contextmanager
@@ -115,12 +91,17 @@ def external(config: ConfigDict, stage: Stage) -> dict[str, str]:
     return found
 
 
+def compared(config: ConfigDict, stage: Stage) -> dict[str, object]:
+    """The config keys that a stage reads, as JSON holds them."""
+    return json.loads(json.dumps(flatten(subset(config, stage.keys))))
+
+
 def expected(config: ConfigDict, stage: Stage, inputs: dict[str, Path]) -> dict:
     """The compared part of a manifest: stage, version, config keys, identities of what it is made from."""
     return {
         "stage": stage.name,
         "version": stage.version,
-        "config": json.loads(json.dumps(flatten(subset(config, stage.keys)))),
+        "config": compared(config, stage),
         "inputs": {name: manifests.identity(folder) for name, folder in inputs.items()} | external(config, stage),
     }
 
@@ -152,6 +133,19 @@ def reads(config: ConfigDict, stage: Stage) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_rows(config: ConfigDict, mesh, names: Sequence[str]) -> None:
+    """Finds batches that the devices cannot share evenly, before the stages `names` run.
+
+    Raises:
+      UserError: rows of one pass that are no multiple of the devices on 'data'.
+    """
+    flat, devices = flatten(config), mesh.shape["data"]
+    for name, key in (("base", "base.micro_batch"), ("reference", "reference.train.micro_batch"),
+                      ("train", "train.micro_batch"), ("evaluate", "evaluate.rows")):  # fmt: skip
+        if name in names and needed(config, name) and flat[key] % devices:
+            raise UserError(f"{key} is {flat[key]}; expected a multiple of the {devices} devices that share its rows")
+
+
 def check(config: ConfigDict) -> None:
     """Finds what a config can get wrong before anything runs.
 
@@ -180,6 +174,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "there would be no questions: dataset.share_heldout is 0 and evaluate.questions names no folder"
         )
+    extract.check(config)
     cluster.check(config)
     selection.check(config)
     if config.cluster.centre and config.select.intra == "nearest":
@@ -270,6 +265,7 @@ def run(
     sweep: Callable | None = None,
     given: Sequence[str] = (),
     stages: Sequence[str] = (),
+    last: str = NAMES[-1],
     force: str | None = None,
     command: Sequence[str] = (),
 ) -> None:
@@ -279,6 +275,7 @@ def run(
       sweep: the config file's `sweep(add)`; None: one run, with the seeds of its own keys.
       given: config keys of the command line.
       stages: run only these stages of the headline.
+      last: the stage at which every row ends.
       force: run this stage and all after it again, in every row.
 
     Raises:
@@ -290,16 +287,19 @@ def run(
     check(config)
     rows = table_rows(config, sweep, given)
     seeds = config.seeds if sweep is not None else (None,)
+    names = tuple(stages) or NAMES[: NAMES.index(last) + 1]
     for changes in rows.values():
-        check(row_config(config, changes, seeds[0]))
+        one = row_config(config, changes, seeds[0])
+        check(one)
+        check_rows(one, mesh, names)
     headline = next(iter(rows))
     options = {"mesh": mesh, "force": force, "command": command}
     with locked(workdir):
-        names = tuple(stages) or NAMES
         first = row_config(config, rows[headline], seeds[0])
         top = run_row(first, workdir, shared={}, names=names, **options)
         if not stages:
-            run_others(config, workdir, rows, seeds, top, options)
+            common = run_others(config, workdir, rows, seeds, top, last, options)
+            audits.tell(workdir, {row: folders["cluster"] for row, folders in common.items() if "cluster" in folders})
         if arrays_only(first):
             say("select", f"indices {workdir / 'select' / 'indices.npy'}")
         elif "report" in names:
@@ -308,34 +308,56 @@ def run(
 
 
 def run_others(
-    config: ConfigDict, workdir: Path, rows: dict, seeds: Sequence, top: dict[str, Path], options: dict
-) -> None:
-    """Runs every row and seed but the headline's first, and the base of every further seed."""
-    headline, shared = next(iter(rows)), {name: top[name] for name in SHARED if name in top}
+    config: ConfigDict, workdir: Path, rows: dict, seeds: Sequence, top: dict[str, Path], last: str, options: dict
+) -> dict[str, dict[str, Path]]:
+    """Runs every row and seed but the headline's first, each up to the stage `last`.
+
+    Returns:
+      Row → the folders of what its seeds have in common.
+    """
+    headline, until = next(iter(rows)), NAMES[: NAMES.index(last) + 1]
+    first = row_config(config, rows[headline], seeds[0])
+    shared = [stage for stage in STAGES if stage.name in SHARED and stage.name in until]
+    made = {settings(first, stage, top): top[stage.name] for stage in shared if stage.name in top}
+    common = {}
     for seed in seeds:
-        handed = dict(shared)
-        if seed != seeds[0] and needed(config, "base"):
-            folder, own = workdir / "rows" / "base" / f"seed{seed}", {"dataset": shared["dataset"]}
-            say("rows", f"base · seed {seed}")
-            made = run_row(row_config(config, {}, seed), folder, shared=own, names=("base",), **options)
-            handed["base"] = made["base"]
+        if seed != seeds[0] and last not in SHARED:
+            folder = workdir / "rows" / "base" / f"seed{seed}"
+            share(row_config(config, rows[headline], seed), folder, shared[:2], made, options)
         for row, changes in rows.items():
             folder, one = row_folder(workdir, row, seed, headline, seeds[0]), row_config(config, changes, seed)
-            if folder == workdir:
+            if folder != workdir:
+                say("rows", row if seed is None else f"{row} · seed {seed}")
+            if seed == seeds[0]:
+                common[row] = share(one, workdir / "rows" / row, shared, made, options)
+            if folder == workdir or last in SHARED:
                 continue
-            say("rows", row if seed is None else f"{row} · seed {seed}")
+            given = common[row] | share(one, folder, shared[:2], made, options)  # the base is each seed's own
             names = ("select", "train", "evaluate") if one.curriculum.pool == "coreset" else ("train", "evaluate")
-            own = own_features(changes, rows[headline])
-            given = {name: path for name, path in handed.items() if name not in own}
             if row != headline and "select.fraction" not in changes:
                 given["match"] = top["select"]
-            run_row(one, folder, shared=given, names=(*own, *names), **options)
+            run_row(one, folder, shared=given, names=[name for name in names if name in until], **options)
+    return common
 
 
-def own_features(changes: dict, headline: dict) -> tuple[str, ...]:
-    """The stages of features and clusters that a row cannot share with the headline, since it sets their keys anew."""
-    kinds = {key.split(".", 1)[0] for key, value in changes.items() if headline.get(key) != value}
-    return ("extract", "cluster") if "extract" in kinds else ("cluster",) if "cluster" in kinds else ()
+def settings(config: ConfigDict, stage: Stage, folders: dict[str, Path]) -> str:
+    """What a stage of this config is made from, in one line: two rows with the same line share its folder."""
+    keys = {key: value for key, value in compared(config, stage).items() if key.split(".")[-1] not in manifests.NEUTRAL}
+    inputs = {name: str(folders[name]) for name in reads(config, stage) if name in folders}
+    return json.dumps([stage.name, keys, inputs], sort_keys=True)
+
+
+def share(config, folder: Path, stages: Sequence[Stage], made: dict[str, Path], options: dict) -> dict[str, Path]:
+    """Stage → folder, for the first of the stages: those in `made` (by `settings`) where a row before has the same,
+    else made in `folder` and entered there."""
+    folders = {}
+    for stage in stages:
+        if needed(config, stage.name):
+            key = settings(config, stage, folders)
+            if key not in made:
+                made[key] = run_row(config, folder, shared=folders, names=(stage.name,), **options)[stage.name]
+            folders[stage.name] = made[key]
+    return folders
 
 
 def finish(

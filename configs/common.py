@@ -71,7 +71,9 @@ def defaults() -> ConfigDict:
             reference=dict(path="", train=recipe()),  # checkpoint folder, of CLIP too; '' = the base tuned on the pool
             extract=dict(
                 num_layers=5,
-                taps=(),  # 0-based decoder layers; () = num_layers spread over the depth
+                taps=(),  # 0-based decoder layers, -1 = the last; () = num_layers spread over the depth
+                tap_from="attention",  # a layer's attention (output projection) | mlp | block (residual stream)
+                squash="tanh",  # of the mean over tokens: tanh | sign (booleans); tanh_first: tanh, then the mean
                 rows_per_device=32,
                 scores=False,  # nll, EL2N, AUM of each record too (the forward pass then runs to the logits)
                 features="",  # features made elsewhere (.zarr or .npy); nothing is extracted
@@ -96,6 +98,7 @@ def defaults() -> ConfigDict:
                     separation=True,  # silhouette of each cluster: one more pass over the features
                     duplicates=0.99,  # pairs of a cluster above this cosine are counted; 1 = none
                     pairs=2000,  # records of a cluster that are compared for it
+                    cache_mib=1024,  # rows read at once for it; less takes more passes over the features
                     stability=False,  # adjusted Rand index with the clusters of another seed: a second clustering
                 ),
             ),
@@ -155,6 +158,17 @@ def defaults() -> ConfigDict:
                 seed=0,
             ),
             seeds=(0,),  # of every row of the table
+            plan=dict(  # for --plan alone, where data and weights are not at hand
+                records=0,  # of dataset.records
+                length=0,  # positions of a record on average; 0 = the shortest of dataset.buckets
+                efficiency=0.4,  # share of the peak at which hours are told
+                reference=dict(  # sizes of reference.path; a decoder of width 0 = those of the target
+                    image_size=0,
+                    vocab=0,
+                    vision=dict(patch=0, width=0, depth=0, heads=0, mlp=0),
+                    decoder=dict(width=0, depth=0, heads=0, kv_heads=0, mlp=0),
+                ),
+            ),
             device=dict(model_parallel=1, precision="auto"),  # auto | float32 | bfloat16 | float16
         )
     )

@@ -5,8 +5,8 @@ Needs     data/llava_v1_5_mix665k.json (665,298 records) and its image folders u
           folders, as they are published: in weights/llava15_7b_init the target before instruction tuning
           (vicuna-7b-v1.5 with the mm_projector of llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5 and, in its folder
           clip-vit-large-patch14-336, the vision tower), in weights/tinyllava_2b the reference TinyLLaVA-2.0B
-Machine   4 x V100-32GB or one 80 GB GPU. What training takes of each device, by count:
-          python -m coincide_jax.main --config=configs/llava15.py --plan=1xH100-80GB,4xV100-32GB
+Machine   4 x V100-32GB or one 80 GB GPU. What each stage takes, by count:
+          python -m coincide_jax.main --config=configs/llava15.py --plan_devices=1xH100-80GB,4xV100-32GB
           Disk: 27 GB of features, 60 GB of checkpoints and exported weights
 Hours     the authors' program: 15.1 h for selection and training on 4 x V100-32GB, 50 h for training on all records.
           This program: not measured
@@ -46,15 +46,21 @@ def get_config() -> ConfigDict:
     config.dataset.threads = 8
     config.target.path = "weights/llava15_7b_init"
     config.reference.path = "weights/tinyllava_2b"
-    # the target's sizes, for --plan where its folder is not at hand
+    # sizes for --plan where the files are not at hand: of the target, the records, the reference
     config.dataset.image_size = 336
     config.dataset.vocab = 32000
     config.model.vision = dict(patch=14, width=1024, depth=23, heads=16, mlp=4096)
     config.model.decoder = dict(width=4096, depth=32, heads=32, kv_heads=32, mlp=11008)
+    config.plan.update(records=665_298, length=1024)
+    config.plan.reference = dict(  # TinyLLaVA-2.0B: SigLIP so400m, StableLM-2-1.6B
+        image_size=378,  # the pixels of 384 that fill patches
+        vocab=100_352,
+        vision=dict(patch=14, width=1152, depth=26, heads=16, mlp=4304),
+        decoder=dict(width=2048, depth=24, heads=32, kv_heads=32, mlp=5632),
+    )
     config.extract.rows_per_device = 8
     config.cluster.k = 10_000
-    # of so many rows and clusters the audit's passes take longer than the clustering
-    config.cluster.audit.update(separation=False, duplicates=1.0)
+    config.cluster.audit.duplicates = 1.0  # would read the features some 25 times; `--plan` counts it
     config.select.fraction = 0.2
     config.curriculum.round_steps = 20
     config.train = common.recipe(

@@ -4,7 +4,7 @@ Command   python -m coincide_jax.main --config=configs/vision_flan.py --workdir=
 Needs     data/vision_flan.json (about 186,000 records, LLaVA format) and its images in data/vision_flan_images; the
           checkpoint folders of configs/llava15.py, whose recipe this is but for data, K and budget
 Machine   as configs/llava15.py: the same models, the same memory:
-          python -m coincide_jax.main --config=configs/vision_flan.py --plan=1xH100-80GB,4xV100-32GB
+          python -m coincide_jax.main --config=configs/vision_flan.py --plan_devices=1xH100-80GB,4xV100-32GB
           Disk: 8 GB of features, 60 GB of checkpoints and exported weights
 Hours     published for LLaVA-1.5 only (15.1 h for 665,298 records and 1,040 steps; here about 186,000 and 243 steps).
           This program: not measured
@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.dataset.records = "data/vision_flan.json"
     config.dataset.images = "data/vision_flan_images"
     config.dataset.unique_ids = common.defaults().dataset.unique_ids
+    config.plan.records = 186_103
     config.cluster.k = 5_000
     config.select.fraction = 0.167
     return config.lock()

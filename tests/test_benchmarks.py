@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import models, record
+from coincide_jax.models import flops
 
 
 def line(name: str, *arguments: str) -> dict:
@@ -105,8 +106,8 @@ def test_counted_flop_of_the_published_models():
     cfg = models.config(keys)
     tower = 2 * (23 * 12 * 1024**2 + 3 * 14**2 * 1024 + 1024 * 4096 + 4096**2) * 577 + 4 * 23 * 577**2 * 1024
     blocks = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 1024 + 2 * 32 * 4096 * 1024 * 1025
-    assert models.encode_flops(cfg, 2, 1024) == 2 * (tower + blocks)
+    assert flops.encode(cfg, 2, 1024) == 2 * (tower + blocks)
     step = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32_064 * 4096)
-    assert models.decode_flops(cfg, 1, 9, 2) == 2 * step + 4 * 32 * 4096 * (10 + 11)
+    assert flops.decode(cfg, 1, 9, 2) == 2 * step + 4 * 32 * 4096 * (10 + 11)
     small = models.config(models.arguments("").parse_args(["--model=tinyllava-2.0b", "--precision=bfloat16"]))
     assert small.image_tokens == 729 and models.described(keys, small)["parameters"] == 2_048_818_464

@@ -91,7 +91,11 @@ def test_audit_columns_and_duplicates(data):
     folder, x = data
     x[20], x[30] = x[10], x[10]
     np.save(folder / "features.npy", x)
-    run(folder, extract=False, audit={"separation": True, "duplicates": 0.999, "pairs": 500, "stability": True})
+    run(
+        folder,
+        extract=False,
+        audit={"separation": True, "duplicates": 0.999, "pairs": 500, "stability": True, "cache_mib": 1},
+    )
     centroids, assignment = load(folder)
     table = pq.read_table(folder / "out" / "audit.parquet").to_pydict()
     quality = json.loads((folder / "out" / "quality.json").read_text())

@@ -11,12 +11,13 @@ import transformers
 import weights
 from PIL import Image
 
-from coincide_jax import extract
+from coincide_jax import extract, plan
 from coincide_jax.core import artifacts, axes, store
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import images, tokenizer
 from coincide_jax.extract import activations
 from coincide_jax.models import vlm
+from coincide_jax.plan import stages
 from configs import common
 
 MODEL = dict(
@@ -61,21 +62,51 @@ def test_published_taps():
     assert activations.spread_taps(4, 5) == (0, 1, 2, 3)
 
 
-def test_features_are_the_formula():
-    mesh, batch, taps = one_device(), tiny_batch(), (0, 1, 2, 3, 4)
+def test_taps_by_config():
+    keys = common.defaults().extract
+    assert activations.choose_taps(keys, 24) == (3, 7, 11, 15, 19)
+    keys.taps = (-1, 2, 5)
+    assert activations.choose_taps(keys, 6) == (2, 5)
+    keys.taps = (0, -7)
+    with pytest.raises(UserError, match=r"extract.taps = \(0, -7\) names a layer outside the decoder's 0…5"):
+        activations.choose_taps(keys, 6)
+
+
+@pytest.mark.parametrize(("key", "word"), [("tap_from", "feed"), ("squash", "boolean")])
+def test_words_are_checked_before_anything_runs(key, word):
+    config = common.defaults()
+    config.extract[key] = word
+    with pytest.raises(UserError, match=f"extract.{key}"):
+        extract.check(config)
+
+
+SQUASHED = {  # what each word makes of the states [tokens, W] of one half, in float64
+    "tanh": lambda z: np.tanh(z.mean(0)),
+    "tanh_first": lambda z: np.tanh(z).mean(0),
+    "sign": lambda z: np.where(z.mean(0) > 0, 1.0, -1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("tap_from", "squash"),
+    [("attention", "tanh"), ("mlp", "tanh"), ("block", "tanh"), ("attention", "tanh_first"), ("attention", "sign")],
+)
+def test_features_are_the_formula(tap_from, squash):
+    """What the layers show is held against PyTorch in tests/models/test_families.py."""
+    mesh, batch, taps = one_device(), tiny_batch(), (0, 1, 2, 3, 5)
     with jax.set_mesh(mesh):
         params, put = tiny_params(mesh), axes.put_batch(batch, mesh)
-        found = np.asarray(activations.features(params, put, CFG, taps)["features"])
-        raw = np.asarray(vlm.forward(params, put, CFG, tap=lambda z: z).taps).astype(np.float64)
+        made = activations.features(params, put, CFG, taps, tap_from=tap_from, squash=squash)
+        found = np.asarray(made["features"])
+        raw = np.asarray(vlm.forward(params, put, CFG, tap=lambda z: z, tap_from=tap_from).taps).astype(np.float64)
     for row in range(ROWS):
         parts = []
         for tap in taps:
             z = raw[tap, row]
             start = batch["image_start"][row]
-            visual = z[start : start + CFG.image_tokens].mean(0) if start >= 0 else np.zeros(16)
-            text = z[batch["text"][row]].mean(0)
-            for mean in (visual, text):
-                squashed = np.tanh(mean)
+            visual = SQUASHED[squash](z[start : start + CFG.image_tokens]) if start >= 0 else np.zeros(16)
+            text = SQUASHED[squash](z[batch["text"][row]])
+            for squashed in (visual, text):
                 parts.append(squashed / max(np.linalg.norm(squashed), 1e-12) / np.sqrt(10))
         wanted = np.concatenate(parts)
         if batch["image_start"][row] < 0:
@@ -232,6 +263,14 @@ def test_clip_alone_can_be_the_reference(alone, tmp_path):
             halves = np.concatenate([np.zeros(16), halves[16:] * np.sqrt(2)])
         np.testing.assert_allclose(found[number], halves, atol=6e-4)
     assert len(ids.encode(" ".join(text for turn in TURNS[3] for text in turn))) > POSITIONS - 2  # one was cut
+
+
+def test_the_plan_knows_clip(alone):
+    root, config, *_ = alone
+    config = config.copy_and_resolve_references()
+    config.dataset.records = str(root / "records.json")
+    (found,) = [one for one in plan.costs(config, plan.Devices.parse("1xCPU-8GB"))[0] if one.stage == "extract"]
+    assert found.disk == stages.store(4, 32) and found.flop > 0 and "CLIP" in found.how
 
 
 def test_clip_has_no_scores(alone, tmp_path):

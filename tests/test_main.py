@@ -105,9 +105,10 @@ def test_budget_outside_its_range(tmp_path, fraction):
     assert "select.fraction" in sentence(*own("none", tmp_path, f"--config.select.fraction={fraction}"))
 
 
-def test_a_plan_runs_nothing(tmp_path):
-    status, output = command.call(command.TINY, f"--workdir={tmp_path}/w", "--plan=1xCPU-8GB")
-    assert status == 0 and output.strip().splitlines()[-1].startswith("1xCPU-8GB: parameters")
+@pytest.mark.parametrize("key", ["base.micro_batch", "train.micro_batch", "evaluate.rows"])
+def test_rows_that_the_devices_cannot_share(tmp_path, key):
+    line = sentence(command.TINY, f"--workdir={tmp_path}/w", f"--config.{key}=4")
+    assert f"{key} is 4; expected a multiple of the 8 devices that share its rows" in line
     assert not (tmp_path / "w").exists()
 
 

@@ -106,8 +106,8 @@ def test_plan_command_says_that_both_fit(tmp_path):
     done = shell(dict(BLOCKS)["plan"], tmp_path)
     assert done.returncode == 0, done.stderr
     for devices in ("1xH100-80GB", "4xV100-32GB"):
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith(devices)]
-        assert re.search(r"total [\d.]+ of \d+: fits", line)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{devices}:")]
+        assert re.search(r"[\d.]+ of [\d.]+ GB a device: fits", line)
 
 
 def test_arrays_command_runs_as_printed(tmp_path):

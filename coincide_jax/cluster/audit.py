@@ -7,15 +7,18 @@ does not grow with N beyond a few numbers a row. Labels are read for the audit a
 import contextlib
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from coincide_jax.core import artifacts
-from coincide_jax.core.metrics import say
+from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import source
 from coincide_jax.kernels import kmeans
+from coincide_jax.kernels.kmeans.tiles import put
 
 COLLAPSE = 0.95  # mean cosine between centroids above which clusters tell little apart
 PAIRS = 20  # near-duplicate pairs that are listed
@@ -46,7 +49,7 @@ def measure(keys, inputs, features, rows, centroids, labels, cosine, history) ->
     columns = {"cluster": np.arange(k), "size": sizes, "cohesion": within}
     if keys.audit.separation and k > 1:
         with _timed(quality, "separation"):
-            other, silhouette = separation(features, centroids, labels, cosine)
+            other, silhouette = separation(features, centroids, labels, cosine, keys.chunk)
             per = [
                 np.bincount(labels, weights=value, minlength=k) / np.maximum(sizes, 1) for value in (other, silhouette)
             ]
@@ -57,7 +60,8 @@ def measure(keys, inputs, features, rows, centroids, labels, cosine, history) ->
             }
     if keys.audit.duplicates < 1:
         with _timed(quality, "duplicates"):
-            counts, pairs = duplicates(features, labels, k, keys.audit.duplicates, keys.audit.pairs)
+            cache = keys.audit.cache_mib << 20
+            counts, pairs = duplicates(features, labels, k, keys.audit.duplicates, keys.audit.pairs, cache)
             columns["duplicate_pairs"] = counts
             quality["duplicates"] = {
                 "threshold": keys.audit.duplicates,
@@ -102,29 +106,48 @@ def between(centroids: np.ndarray) -> float | None:
     return float((total @ total - own) / (k * (k - 1)))
 
 
-def separation(features, centroids, labels, cosine) -> tuple[np.ndarray, np.ndarray]:
+def separation(features, centroids, labels, cosine, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine of each row to the nearest other centroid f32[n], and its silhouette (a − b) / max(a, b) with the
-    distances 1 − cos to the own centroid b and to that one a (Rousseeuw 1987, with centroids in place of members)."""
-    other = np.zeros(len(labels), np.float32)
-    for start in range(0, len(labels), BLOCK):
-        x = np.asarray(features[start : start + BLOCK], np.float32)
-        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        scores = x @ centroids.T
-        scores[np.arange(len(x)), labels[start : start + BLOCK]] = -np.inf
-        other[start : start + BLOCK] = scores.max(axis=1)
+    distances 1 − cos to the own centroid b and to that one a (Rousseeuw 1987, with centroids in place of members).
+
+    One pass over the features, `chunk` rows at a time on the devices of the ambient mesh, which hold `chunk · K` scores
+    between them and the centroids each.
+    """
+    mesh = jax.sharding.get_mesh()
+    chunk = -(-min(chunk, len(labels)) // mesh.size) * mesh.size
+    by_rows, whole = jax.NamedSharding(mesh, jax.P(mesh.axis_names)), jax.NamedSharding(mesh, jax.P())
+    held, other = put(centroids, whole), np.zeros(len(labels), np.float32)
+    nearest_other = jax.jit(_nearest_other, out_shardings=whole)  # whole, so that every process can read it
+    with Progress("audit", len(labels), "records") as progress:
+        for start in range(0, len(labels), chunk):
+            x, own = np.asarray(features[start : start + chunk]), labels[start : start + chunk]
+            count = len(x)
+            x, own = np.pad(x, ((0, chunk - count), (0, 0))), np.pad(own, (0, chunk - count))
+            found = nearest_other(put(x, by_rows), put(own.astype(np.int32), by_rows), held)
+            other[start : start + count] = np.asarray(found)[:count]
+            progress.advance(count)
     own, away = np.maximum(1 - cosine, 0), np.maximum(1 - other, 0)
     return other, (away - own) / np.maximum(np.maximum(own, away), 1e-6)
 
 
-def duplicates(features, labels, k: int, threshold: float, most: int) -> tuple[np.ndarray, list[tuple]]:
+def _nearest_other(x: jax.Array, own: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Cosine of rows f[n, D] to the nearest of the centroids f32[K, D] but their own, i32[n]: f32[n]."""
+    x = x.astype(jnp.float32)
+    scores = jnp.matmul(x, centroids.T, precision=jax.lax.Precision.HIGHEST)
+    others = jnp.where(jnp.arange(len(centroids))[None, :] == own[:, None], -jnp.inf, scores)
+    return others.max(axis=1) / jnp.maximum(jnp.sqrt((x * x).sum(axis=1)), 1e-12)
+
+
+def duplicates(features, labels, k: int, threshold: float, most: int, cache: int) -> tuple[np.ndarray, list[tuple]]:
     """Pairs of rows of one cluster with a cosine above the threshold: how many in each cluster i64[K], and the first
-    `PAIRS` as (row, row, cosine). Of a cluster above `most` rows only the first `most` are compared."""
+    `PAIRS` as (row, row, cosine). Of a cluster above `most` rows only the first `most` are compared.
+
+    A cluster's rows lie scattered over the store, whose checksums cover many rows each, so those of as many clusters as
+    `cache` bytes hold are read at once, in order.
+    """
     counts, pairs = np.zeros(k, np.int64), []
-    for cluster, members in enumerate(kmeans.members(labels, k)):
-        members = members[:most]
-        if len(members) < 2:
-            continue
-        x = np.asarray(features[members], np.float32)
+    for cluster, members, x in _gathered(features, [rows[:most] for rows in kmeans.members(labels, k)], cache):
+        x = x.astype(np.float32)
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         for start in range(0, len(x), BLOCK):
             scores = x[start : start + BLOCK] @ x.T
@@ -133,6 +156,21 @@ def duplicates(features, labels, k: int, threshold: float, most: int) -> tuple[n
             for a, b in above[: PAIRS - len(pairs)]:
                 pairs.append((members[start + a], members[b], float(scores[a, b])))
     return counts, pairs
+
+
+def _gathered(features, members: Sequence[np.ndarray], cache: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(cluster, its members, their rows f[n, D]) of clusters with two members or more, in order."""
+    kept = [cluster for cluster, rows in enumerate(members) if len(rows) > 1]
+    ends = np.cumsum([len(members[cluster]) for cluster in kept])
+    most, first = max(cache // (features.shape[1] * np.dtype(features.dtype).itemsize), 1), 0
+    while first < len(kept):
+        before = ends[first - 1] if first else 0
+        last = max(int(np.searchsorted(ends, before + most, side="right")), first + 1)
+        wanted = np.sort(np.concatenate([members[cluster] for cluster in kept[first:last]]))
+        rows = features[wanted]
+        for cluster in kept[first:last]:
+            yield cluster, members[cluster], rows[np.searchsorted(wanted, members[cluster])]
+        first = last
 
 
 def against_label(values: list, labels, shuffled, k: int) -> tuple[dict, np.ndarray, np.ndarray] | None:

@@ -27,9 +27,11 @@ from coincide_jax.core import store as stores
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import READING, Dataset, batches, source
-from coincide_jax.extract.activations import choose_taps, features
+from coincide_jax.extract.activations import check, choose_taps, features
 from coincide_jax.extract.pairs import joint_features, open_pairs
 from coincide_jax.models import clip, hf, vlm
+
+__all__ = ["KEYS", "STAGE_VERSION", "check", "run"]
 
 STAGE_VERSION = 1
 JOINT = ("joint",)  # what stands for the layers when CLIP is the reference: one pair of halves
@@ -62,8 +64,9 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
             Dataset.of_model(split, folder, card, cfg.image_tokens, config.dataset),
             2 * len(taps) * cfg.decoder.width,
         )
-        compute = functools.partial(features, params, cfg=cfg, taps=taps, scores=bool(names))
-        told = f"decoder layers {list(taps)} of {depth}"
+        shown = {"tap_from": config.extract.tap_from, "squash": config.extract.squash}
+        compute = functools.partial(features, params, cfg=cfg, taps=taps, scores=bool(names), **shown)
+        told = f"{config.extract.tap_from} of decoder layers {list(taps)} of {depth}"
         tell_cuts(data, split["pool"])
     else:
         raise UserError(f"reference.path: {folder} holds neither a vision-language model nor CLIP")

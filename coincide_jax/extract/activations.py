@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from coincide_jax.core.errors import UserError
-from coincide_jax.models import vlm
+from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.models import decoder, vlm
+
+SQUASHES = ("tanh", "tanh_first", "sign")  # what `pool` makes of a layer's states
 
 
 def spread_taps(depth: int, count: int) -> tuple[int, ...]:
@@ -20,22 +22,44 @@ def spread_taps(depth: int, count: int) -> tuple[int, ...]:
     return tuple((i + 1) * depth // (count + 1) - 1 for i in range(count))
 
 
-def choose_taps(keys, depth: int) -> tuple[int, ...]:
-    """The tapped layers by config; an out-of-range one is an error."""
-    taps = tuple(sorted(keys.taps)) or spread_taps(depth, keys.num_layers)
-    if taps[0] < 0 or taps[-1] >= depth:
-        raise UserError(f"extract.taps = {taps} names a layer outside the decoder's 0…{depth - 1}")
-    return taps
+def check(config) -> None:
+    """Finds what `config.extract` can get wrong before anything runs.
 
-
-def pool(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `f32[B, T, W]` over the tokens of `bool[B, T]`, tanh, unit length: `f32[B, W]`.
-
-    A row without such tokens is zero.
+    Raises:
+      UserError: a word without such a choice.
     """
-    weight = mask.astype(jnp.float32)[:, :, None]
-    mean = (states.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
-    squashed = jnp.tanh(mean)
+    for name, valid in (("tap_from", decoder.TAPS), ("squash", SQUASHES)):
+        if config.extract[name] not in valid:
+            raise unknown(f"extract.{name}", config.extract[name], valid)
+
+
+def choose_taps(keys, depth: int) -> tuple[int, ...]:
+    """The tapped layers by config, ascending, each once; a negative one counts from the end.
+
+    Raises:
+      UserError: a layer that the decoder does not have.
+    """
+    if not keys.taps:
+        return spread_taps(depth, keys.num_layers)
+    if not all(-depth <= tap < depth for tap in keys.taps):
+        raise UserError(
+            f"extract.taps = {tuple(keys.taps)} names a layer outside the decoder's 0…{depth - 1} (-1 is the last)"
+        )
+    return tuple(sorted({tap % depth for tap in keys.taps}))
+
+
+def pool(states: jax.Array, mask: jax.Array, squash: str = "tanh") -> jax.Array:
+    """What a layer says of the tokens `bool[B, T]`, from its `f32[B, T, W]`: `f32[B, W]` of unit length.
+
+    `tanh`: tanh of the mean over tokens, as the authors' code has it; `tanh_first`: mean of the tanh, the other reading
+    of the paper's text; `sign`: the mean's signs, −1 or 1 (the paper's ablation "booleans"). A row without such tokens
+    is zero.
+    """
+    weight, states = mask.astype(jnp.float32)[:, :, None], states.astype(jnp.float32)
+    if squash == "tanh_first":
+        states = jnp.tanh(states)
+    mean = (states * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+    squashed = {"tanh": jnp.tanh, "tanh_first": lambda x: x, "sign": jnp.sign}[squash](mean)
     norm = jnp.sqrt((squashed * squashed).sum(-1, keepdims=True))
     return squashed / jnp.maximum(norm, 1e-12)
 
@@ -75,13 +99,20 @@ def token_scores(logits: jax.Array, tokens: jax.Array, labels: jax.Array) -> dic
     return {"nll": mean(total - z_y), "el2n": mean(el2n), "aum": mean(p_y - jnp.exp(others - total))}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "taps", "scores"))
+@functools.partial(jax.jit, static_argnames=("cfg", "taps", "scores", "tap_from", "squash"))
 def features(
-    params, batch: dict, cfg: vlm.VLMConfig, taps: tuple[int, ...], scores: bool = False
+    params,
+    batch: dict,
+    cfg: vlm.VLMConfig,
+    taps: tuple[int, ...],
+    scores: bool = False,
+    tap_from: str = "attention",
+    squash: str = "tanh",
 ) -> dict[str, jax.Array]:
     """One forward pass through the layers that `params` hold: `{'features': f16[B, D], 'repaired': bool[B]}`.
 
-    With `scores` (all layers held) also `nll`, `el2n`, `aum`, each `f32[B]`.
+    `tap_from` is one of `decoder.TAPS`, `squash` one of `SQUASHES`. With `scores` (all layers held) also `nll`, `el2n`,
+    `aum`, each `f32[B]`.
     """
     length = batch["tokens"].shape[1]
     start = batch["image_start"][:, None]
@@ -89,9 +120,9 @@ def features(
     visual = (start >= 0) & (position >= start) & (position < start + cfg.image_tokens)
 
     def tap(states: jax.Array) -> jax.Array:
-        return jnp.stack([pool(states, visual), pool(states, batch["text"])], axis=1)
+        return jnp.stack([pool(states, visual, squash), pool(states, batch["text"], squash)], axis=1)
 
-    out = vlm.forward(params, batch, cfg, tap=tap)
+    out = vlm.forward(params, batch, cfg, tap=tap, tap_from=tap_from)
     result = stored(assemble(out.taps[jnp.array(taps)]))
     if scores:
         result |= token_scores(vlm.logits(params, out.hidden, cfg), batch["tokens"], batch["labels"])

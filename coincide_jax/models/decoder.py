@@ -42,6 +42,9 @@ PROJECTIONS = {
     "up": ("w", "m"),
     "down": ("m", "w"),
 }
+# what `run` can show of a layer: the output of its attention's output projection, before the residual sum (COINCIDE,
+# eq. 1 and the authors' hook); that of its MLP, before the sum too; the residual stream that it hands on
+TAPS = ("attention", "mlp", "block")
 AXES = {"w": "embed", "k": "heads", "g": "group", "d": "head_dim", "m": "mlp"}
 LLAMA = {
     "wq": "self_attn.q_proj",
@@ -289,13 +292,14 @@ def run(
     lora=None,
     dropout_key: jax.Array | None = None,
     tap=None,
+    tap_from: str = "attention",
     remat: bool = False,
     keep_cache: bool = False,
 ) -> Output:
     """Runs the blocks on embeddings x [b, t, w] at positions i32[b or 1, t].
 
-    `attend(q, k, v, past of this layer)` is the attention; `tap` sees the output of each layer's output projection
-    before it is added to the residual stream (COINCIDE, eq. 1 and the authors' hook), and is reduced inside the scan.
+    `attend(q, k, v, past of this layer)` is the attention; `tap` sees in each layer what `tap_from` names (`TAPS`), and
+    is reduced inside the scan.
     """
     adapters, scale, dropout = lora if lora is not None else (None, 0.0, 0.0)
     count = depth_of(params["blocks"])
@@ -325,10 +329,11 @@ def run(
         q, k = rope(q, table), rope(k, table)
         mixed = attend(q, k, v, kept)
         out = project("wo", mixed.reshape(rows * length, *mixed.shape[2:]), weights, local, key)
-        x = x + out + mlp(h) if cfg.parallel else x + out
-        if not cfg.parallel:
-            x = x + mlp(normed(x, layer["norm2"], cfg))
-        tapped = None if tap is None else tap(out.reshape(rows, length, width))
+        x = x + out
+        fed = mlp(h if cfg.parallel else normed(x, layer["norm2"], cfg))
+        x = x + fed
+        seen = {"attention": out, "mlp": fed, "block": x}[tap_from]
+        tapped = None if tap is None else tap(seen.reshape(rows, length, width))
         return x, (tapped, (k, v) if keep_cache else None)
 
     # rows and positions as one axis: the gradient of a weight is then a plain product of two matrices, without which

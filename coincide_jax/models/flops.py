@@ -1,4 +1,4 @@
-"""Counted floating-point operations of a training step: what model FLOP utilisation (MFU) is a share of.
+"""Counted floating-point operations of models: what model FLOP utilisation (MFU) is a share of.
 
 Convention. A product costs 2 a weight and token forward, 2 for the gradient of its input, 2 for that of its weight. So
 a trained weight counts 6 a token, a frozen one on the way back to a trained one 4, a frozen one before all of them (the
@@ -8,6 +8,7 @@ positions alone, where it is computed. Norms, activations, softmax, dropout, the
 computes a second time are not counted.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -33,6 +34,37 @@ def products(abstract) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract, is_leaf=is_leaf) if leaf.inputs)
 
 
+def elements(abstract) -> int:
+    """Numbers of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract, is_leaf=layers.is_leaf))
+
+
+def encode(cfg: VLMConfig, rows: int, length: int) -> float:
+    """A forward pass of `rows` records of `length` positions without the head. Attention: 4 · keys · columns a query,
+    with (length + 1) / 2 keys on average in the causal decoder."""
+    tree, eye = vlm.abstract(cfg), cfg.vision
+    seen = eye.tokens + eye.extra
+    image = (
+        2 * products({key: tree[key] for key in ("vision", "projector")}) * seen + 4 * eye.depth * seen**2 * eye.width
+    )
+    text = 2 * products(tree["decoder"]["blocks"]) * length
+    heads = sum(run.count * run.heads for run in decoder.runs(cfg.decoder))
+    return float(rows * (image + text + 2 * heads * cfg.decoder.head_dim * length * (length + 1)))
+
+
+def decode(cfg: VLMConfig, rows: int, first: int, count: int) -> float:
+    """`count` single tokens a row, the head included, the first of them at position `first`."""
+    weights = products(vlm.abstract(cfg)["decoder"]["blocks"]) + cfg.decoder.vocab * cfg.decoder.width
+    heads = sum(run.count * run.heads for run in decoder.runs(cfg.decoder))
+    keys = count * (first + 1) + count * (count - 1) // 2
+    return float(rows * (2 * weights * count + 4 * heads * cfg.decoder.head_dim * keys))
+
+
+def head(cfg: VLMConfig, rows: int, length: int) -> float:
+    """Logits of `length` positions."""
+    return 2.0 * rows * length * cfg.decoder.width * cfg.decoder.vocab
+
+
 def training(cfg: VLMConfig, mode: str, rank: int, targets: tuple[str, ...]) -> Costs:
     """mode: 'full', or 'lora' with adapters of `rank` on `targets`, the projector trained, the tower frozen."""
     tree, eye, full = vlm.abstract(cfg), cfg.vision, mode == "full"
@@ -48,3 +80,18 @@ def training(cfg: VLMConfig, mode: str, rank: int, targets: tuple[str, ...]) -> 
         supervised=float(behind * cfg.decoder.vocab * cfg.decoder.width),
         image=float(tower + 6 * products(tree["projector"]) * eye.tokens),
     )
+
+
+def step(cfg: VLMConfig, recipe, rows: int, length: int) -> float:
+    """What training on `rows` records of `length` positions, all supervised, takes of the devices by a recipe of the
+    config (mode, remat, lora.rank, lora.targets); the decoder's forward pass that `remat` repeats is counted."""
+    costs = training(cfg, recipe.mode, recipe.lora.rank, recipe.lora.targets)
+    each = length * (costs.position + costs.supervised) + length * (length + 1) / 2 * costs.pair + costs.image
+    again = encode(cfg, rows, length) - encode(cfg, rows, 0) if recipe.remat else 0.0
+    return rows * each + again
+
+
+def first_layers(cfg: VLMConfig, count: int) -> VLMConfig:
+    """The model cut behind its first `count` decoder layers."""
+    shapes = cfg.decoder.layer_shapes[:count]
+    return dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, depth=count, layer_shapes=shapes))

@@ -209,12 +209,13 @@ def forward(
     lora=None,
     dropout_key: jax.Array | None = None,
     tap=None,
+    tap_from: str = "attention",
     remat: bool = False,
 ) -> Forward:
     """Runs the model on a batch.
 
     lora: (adapters, scale, dropout rate) of `lora.py`, dropout only with a `dropout_key`. tap: [b, t, w] → anything
-    small, called in every layer on the output of the attention's output projection, before the residual sum.
+    small, called in every layer on what `tap_from`, one of `decoder.TAPS`, names.
     remat: keep only the residual stream of each layer for the backward pass.
     """
     x = embed(params, batch, cfg, remat=remat)
@@ -228,6 +229,7 @@ def forward(
         lora=lora,
         dropout_key=dropout_key,
         tap=tap,
+        tap_from=tap_from,
         remat=remat,
     )
     return Forward(out.x.astype(jnp.float32), out.taps)

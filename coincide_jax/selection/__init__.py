@@ -74,7 +74,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         raise UserError(f"features {features.path} have {len(features)} rows; expected {len(valid)}, one a record")
     budget = _budget(keys.fraction, int(np.sum(valid)), inputs.get("match"))
     view = SelectionView(
-        features=reader(features, (keys.cache_mib << 20) // 2),
+        features=reader(features, (keys.cache_mib << 20) // 2, out),
         valid=valid,
         assignment=assignment,
         centroids=centroids,

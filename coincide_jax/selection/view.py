@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,12 +39,12 @@ class Selection(NamedTuple):
     summary: dict[str, object] | None = None
 
 
-def reader(store, cache_bytes: int) -> Callable[[np.ndarray], np.ndarray]:
+def reader(store, cache_bytes: int, folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
     """A function that reads rows of features, non-finite values as 0, as they count in clustering.
 
-    The rows that are asked for are held in memory up to `cache_bytes`; more than that lie in a temporary file that is
-    mapped, so that they can be paged out. They are read in the store's order, `READ_ROWS` at a time, since one checksum
-    covers many rows: ask for many at once.
+    The rows that are asked for are held in memory up to `cache_bytes`; more than that lie in a nameless file in
+    `folder` that is mapped, so that they can be paged out. They are read in the store's order, `READ_ROWS` at a time,
+    since one checksum covers many rows: ask for many at once.
 
     Args:
       store: f[N, D], anything with `shape`, `dtype` and `store[rows]`.
@@ -54,7 +55,7 @@ def reader(store, cache_bytes: int) -> Callable[[np.ndarray], np.ndarray]:
         if shape[0] * shape[1] * kind.itemsize <= cache_bytes:
             out = np.empty(shape, kind)
         else:
-            with tempfile.TemporaryFile() as scratch:
+            with tempfile.TemporaryFile(dir=folder) as scratch:
                 out = np.memmap(scratch, kind, "w+", shape=shape)
         order = np.argsort(indices, kind="stable")
         ordered = np.asarray(indices)[order]

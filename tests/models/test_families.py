@@ -59,7 +59,7 @@ def everything(params, tokens, labels, own, cfg) -> dict:
     table = layers.rope_table(place, *rope.frequencies(cfg, x.shape[1]))
     mixed = attend(layers.rope(q, table), layers.rope(k, table), v, None)
     short = params | {"blocks": decoder.first_layers(blocks, 1)}
-    out = decoder.run(params, x, place, attend, cfg, tap=lambda states: states)
+    out = decoder.run(params, x, place, attend, cfg)
     final = decoder.final_norm(params, out.x, cfg)
     head, bias = decoder.head(params, cfg, x.dtype), decoder.head_bias(params, cfg)
     logits = jnp.einsum("btw,wv->btv", final, head)
@@ -75,7 +75,10 @@ def everything(params, tokens, labels, own, cfg) -> dict:
         "norm": norm,
         "attention": mixed,
         "block": decoder.run(short, x, place, attend, cfg).x,
-        "taps": out.taps,
+        "taps": {
+            name: decoder.run(params, x, place, attend, cfg, tap=lambda states: states, tap_from=name).taps
+            for name in decoder.TAPS
+        },
         "final": final,
         "logits": logits if bias is None else logits + bias[None, None],
         "loss": value,
@@ -114,7 +117,9 @@ def expected(family: str, model, cfg) -> dict:
     first = blocks[0].get_submodule(names["wo"])
     hooks += [first.register_forward_pre_hook(lambda m, i: seen.update(attention=i[0].detach().numpy()))]
     for number, block in enumerate(blocks):
-        hooks += [block.get_submodule(names["wo"]).register_forward_hook(keep(f"tap{number}"))]
+        hooks += [block.get_submodule(names["wo"]).register_forward_hook(keep(f"attention{number}"))]
+        hooks += [block.get_submodule(names["down"]).register_forward_hook(keep(f"mlp{number}"))]
+        hooks += [block.register_forward_hook(keep(f"block{number}"))]
     hooks += [model.get_submodule(f"{root}.{names['norm']}").register_forward_hook(keep("final"))]
     tokens, labels = batch()
     ids = torch.tensor(tokens, dtype=torch.long)
@@ -122,7 +127,7 @@ def expected(family: str, model, cfg) -> dict:
         seen["logits"] = model(input_ids=ids).logits.numpy()
     for hook in hooks:
         hook.remove()
-    seen["taps"] = np.stack([seen.pop(f"tap{number}") for number in range(len(blocks))])
+    seen["taps"] = {name: np.stack([seen[f"{name}{number}"] for number in range(len(blocks))]) for name in decoder.TAPS}
 
     _, own = adapters(cfg)
     leaves = {}
@@ -163,8 +168,9 @@ def test_parity_with_transformers(family, found):
     want = expected(family, model, cfg)
     for name in ("embedding", "norm", "attention", "block", "final", "logits"):
         assert apart(got[name].reshape(want[name].shape), want[name]) <= 1e-4, name
-    for layer in range(cfg.depth):
-        assert apart(got["taps"][layer], want["taps"][layer]) <= 1e-4, layer
+    for name in decoder.TAPS:
+        for layer in range(cfg.depth):
+            assert apart(got["taps"][name][layer], want["taps"][name][layer]) <= 1e-4, (name, layer)
     assert float(got["loss"]) == pytest.approx(float(want["loss"]), rel=1e-5)
     for name, pair in want["grads"].items():
         for side, grad in pair.items():

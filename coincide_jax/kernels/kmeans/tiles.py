@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from coincide_jax.kernels.kmeans import products
 from coincide_jax.kernels.kmeans.exact import LARGEST, grid
 
+CENTROID_BYTES = 80  # on a device for each number of the centroids, at most (`kmeans.fit` says of what)
 CPU_MEMORY = 4 << 30  # bytes for features on CPUs, where there is no device memory to ask for
 SIZES = (128, 512)  # rows a device of one call for chosen rows
 
@@ -43,8 +45,43 @@ def device_memory(k: int, width: int) -> int:
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_MEMORY
-    free = 0.9 * stats["bytes_limit"] - stats.get("bytes_in_use", 0) - 80 * k * width
-    return int(max(free, stats["bytes_limit"] // 16) * jax.device_count())
+    return free(stats["bytes_limit"], stats.get("bytes_in_use", 0), k, width) * jax.device_count()
+
+
+def free(limit: float, used: float, k: int, width: int) -> int:
+    """Bytes for features on one device that has `limit`, of which `used` are taken."""
+    return int(max(0.9 * limit - used - CENTROID_BYTES * k * width, limit // 16))
+
+
+class Tiling(NamedTuple):
+    """How rows are cut: rows a device of a tile, rows of a tile over all devices, tiles, whether all are kept."""
+
+    per: int
+    chunk: int
+    count: int
+    resident: bool
+
+
+def tiling(rows: int, width: int, k: int, chunk: int, shards: int, stored, fast, memory: float) -> Tiling:
+    """Cuts `rows` of the type `stored`, with products in the type `fast`, for `memory` bytes on `shards` devices."""
+    row = row_bytes(width, stored, fast)
+    # a tile in work: its rows three times over (two are on their way), and what is made of them
+    chunk = max(min(chunk, rows, int(memory // 2) // (3 * row + work_bytes(width, k))), 1)
+    per = -(-chunk // shards)
+    chunk = per * shards
+    count = -(-rows // chunk)
+    return Tiling(per, chunk, count, count * chunk * row <= memory)
+
+
+def row_bytes(width: int, stored, fast) -> int:
+    """Bytes of a row on a device: as stored, and in the fast type where that is another."""
+    stored, fast = jnp.dtype(stored), jnp.dtype(fast)
+    return width * (stored.itemsize + (fast.itemsize if stored != fast else 0))
+
+
+def work_bytes(width: int, k: int) -> int:
+    """Bytes of what is made of a row: float64 in the first pass, scores."""
+    return 24 * width + 16 * k
 
 
 def put(array: np.ndarray, sharding) -> jax.Array:
@@ -68,15 +105,9 @@ class Tiles:
         self.rows, self.width = features.shape
         self.by_rows, self.whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P(products.AXES), jax.P()))
         stored = jnp.dtype(jnp.float16 if features.dtype == np.float16 else jnp.float32)
-        row_bytes = self.width * (stored.itemsize + (self.dtype.itemsize if stored != self.dtype else 0))
         memory = memory or device_memory(k, self.width)
-        # a tile in work: its rows three times over (two are on their way), float64 of the first pass, scores
-        working = 3 * row_bytes + 24 * self.width + 16 * k
-        chunk = max(min(chunk, self.rows, memory // 2 // working), 1)
-        self.per = -(-chunk // self.shards)
-        self.chunk = self.per * self.shards
-        self.count = -(-self.rows // self.chunk)
-        self.resident = self.count * self.chunk * row_bytes <= memory
+        cut = tiling(self.rows, self.width, k, chunk, self.shards, stored, self.dtype, memory)
+        self.per, self.chunk, self.count, self.resident = cut
         self.kept: list = [None] * self.count
         self._same = stored == self.dtype
         self._cast = jax.jit(lambda x: x.astype(self.dtype))

@@ -23,59 +23,29 @@ counted one by one as the rule table of `core/axes.py` shares them.
                          mode 'full'); 3 · 4 B · CHUNK_POSITIONS · vocab / P of logits.
                  vision  pixels, and one block of the tower forward.
     batch        (steps in flight + 1) · batch / D rows: T · 6 B, and 3 B a pixel.
+    ending       instead of the last two, when the steps are over: LoRA is merged into a second copy of the decoder's
+                 blocks, c B each, one projection of all layers at a time, 4 · 4 B of the largest; then the merged model
+                 lies in float32 beside itself, (c + 4) B each, until it is written.
 
 Not counted: the runtime's own few hundred MB, and what XLA keeps beyond these sets by its choice of order.
 """
 
 import math
 import pathlib
-import re
 from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from coincide_jax.core import axes
-from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.core.errors import UserError
 from coincide_jax.core.precision import Precision, choose
 from coincide_jax.models import hf, lora, loss, vlm
 from coincide_jax.models.layers import QUERY_BLOCK, WHOLE_UP_TO, Leaf, is_leaf
 from coincide_jax.models.vlm import VLMConfig
+from coincide_jax.plan.devices import Devices
 
-KINDS = {  # accelerator → compute type of `device.precision=auto`
-    **dict.fromkeys(("V100", "T4"), "float16"),
-    **dict.fromkeys(("A10", "A100", "A6000", "L4", "L40S", "RTX3090", "RTX4090", "H100", "H200", "B200"), "bfloat16"),
-    **dict.fromkeys(("TPUv3", "TPUv4", "TPUv5e", "TPUv5p", "TPUv6e"), "bfloat16"),
-    "CPU": "float32",
-}
-DEFAULT_SHARE = 0.75  # of a GPU's memory that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)
-LARGEST_SHARE = 0.92
 STEPS_IN_FLIGHT = 3  # of which batches lie on the device
-GB = 1e9
-
-
-class Devices(NamedTuple):
-    """`count` accelerators of `kind` with `bytes` of memory each."""
-
-    count: int
-    kind: str
-    bytes: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Devices":
-        """Reads '4xV100-32GB'.
-
-        Raises:
-          UserError: another form, or a kind that is not among `KINDS`.
-        """
-        found = re.fullmatch(r"(\d+)x([A-Za-z0-9]+)-(\d+(?:\.\d+)?)GB", text.strip())
-        if not found or int(found[1]) < 1:
-            raise UserError(
-                f"--plan: '{text}' is no device description; expected COUNTxKIND-MEMORYGB as in 4xV100-32GB"
-            )
-        if found[2] not in KINDS:
-            raise unknown("accelerator in --plan", found[2], KINDS)
-        return cls(int(found[1]), found[2], float(found[3]) * GB)
 
 
 class Memory(NamedTuple):
@@ -86,11 +56,17 @@ class Memory(NamedTuple):
     optimizer: float
     activations: float
     batch: float
+    ending: float
+
+    @property
+    def steps(self) -> float:
+        """Bytes while steps run."""
+        return sum(self[:-1])
 
     @property
     def total(self) -> float:
-        """All parts together."""
-        return sum(self)
+        """The most that is held at any time."""
+        return max(self.steps, self.ending)
 
 
 def model_config(config, precision: Precision) -> VLMConfig:
@@ -116,15 +92,20 @@ def memory(config, devices: Devices | str) -> Memory:
     """
     devices = Devices.parse(devices) if isinstance(devices, str) else devices
     named = config.device.precision
-    precision = choose(KINDS[devices.kind] if named == "auto" else named)
-    cfg, recipe = model_config(config, precision), config.train
+    precision = choose(devices.speed.compute if named == "auto" else named)
+    return of_recipe(config, model_config(config, precision), config.train, "train", devices)
+
+
+def of_recipe(config, cfg: VLMConfig, recipe, key: str, devices: Devices) -> Memory:
+    """`memory` of any of the trainings: base, reference.train, train (`key`)."""
+    precision = cfg.precision
     wide, share = config.device.model_parallel, precision.dtype.itemsize
     if devices.count % wide:
         raise UserError(f"device.model_parallel is {wide}; expected a divisor of the {devices.count} devices")
     data = devices.count // wide
     if recipe.micro_batch % data:
         raise UserError(
-            f"train.micro_batch is {recipe.micro_batch}; expected a multiple of the {data} devices that share its rows"
+            f"{key}.micro_batch is {recipe.micro_batch}; expected a multiple of the {data} devices that share its rows"
         )
     mesh = AbstractMesh((data, wide), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     parts = {top: elements(tree, mesh) for top, tree in vlm.abstract(cfg).items()}
@@ -139,9 +120,22 @@ def memory(config, devices: Devices | str) -> Memory:
         parameters=parameters,
         gradients=2 * 4 * trained,
         optimizer=8 * trained,
-        activations=activations(cfg, recipe, rows=recipe.micro_batch // data, length=length, data=data, wide=wide),
+        activations=activations(cfg, recipe, rows=recipe.micro_batch // data, length=length, wide=wide),
         batch=STEPS_IN_FLIGHT * recipe.batch / data * (6 * length + 3 * size**2),
+        ending=ending(cfg, recipe, parts, parameters + 16 * trained, mesh),
     )
+
+
+def ending(cfg: VLMConfig, recipe, parts: dict[str, int], held: float, mesh) -> float:
+    """Bytes when the steps are over: `held` of them stay while LoRA is merged; then float32 beside the result."""
+    share = cfg.precision.dtype.itemsize if recipe.mode == "lora" else 4
+    whole = sum(parts.values())
+    written = share * whole + 4 * whole if share < 4 else 4 * whole
+    if recipe.mode == "full":
+        return written
+    blocks = vlm.abstract(cfg)["decoder"]["blocks"]
+    sizes = [elements(leaf, mesh) for leaf in jax.tree.leaves(blocks, is_leaf=is_leaf)]
+    return max(held + share * sum(sizes) + 4 * 4 * max(sizes), written)
 
 
 def elements(abstract: dict, mesh) -> int:
@@ -153,60 +147,47 @@ def elements(abstract: dict, mesh) -> int:
     return sum(held(leaf) for leaf in jax.tree.leaves(abstract, is_leaf=is_leaf))
 
 
-def activations(cfg: VLMConfig, recipe, *, rows: int, length: int, data: int, wide: int) -> float:
+def activations(cfg: VLMConfig, recipe, *, rows: int, length: int, wide: int) -> float:
     """Bytes of the forward pass that a device keeps, and the largest working set beside them."""
     text, eye, c = cfg.decoder, cfg.vision, cfg.precision.dtype.itemsize
-    tokens, full = rows * length, recipe.mode == "full"
-    width, columns = text.width, text.mlp / wide
-    queries, keys = text.heads * text.head_dim / wide, text.kv_heads * text.head_dim / wide
-    products = 3 if text.gated else 2
-    saved = c * tokens * (6 * width + 2 * queries + 2 * keys + (1 + products) * columns)
-    scores = 4 * rows * text.heads / wide * length * queries_at_once(length)
+    tokens, full, width = rows * length, recipe.mode == "full", text.width
+    columns, queries = text.mlp / wide, text.heads * text.head_dim / wide
+    saved, scores, layer = block_sets(cfg, rows, length, wide)
     block = saved + c * tokens * (4 * columns + 4 * width + 2 * queries) + 3 * 4 * tokens * width
-    block += 2 * scores
-    layer = width * (2 * queries + 2 * keys + products * columns)
-    block += c * layer * (2 if full else 1)
+    block += 2 * scores + (2 if full else 1) * layer
     if not full and recipe.lora.dropout:
         inputs = {"wo": queries, "down": columns}
         targets = lora.choose_targets(text, recipe.lora.targets)
         block += (3 * c + 1) * tokens * sum(inputs.get(name, width) for name in targets)
     head = tokens * width * (2 * 4 + 4 * c) + text.vocab / wide * width * (c + (8 if full else 0))
     head += 3 * 4 * loss.CHUNK_POSITIONS * text.vocab / wide
-    patches = rows * (eye.tokens + eye.class_token)
-    one = c * patches * (
-        8 * eye.width + 2 * eye.mlp / wide
-    ) + 3 * 4 * rows * eye.heads / wide * patches / rows * queries_at_once(patches // rows)
-    vision = one + rows * 3 * eye.image_size**2 * (4 + 2 * c)
+    one, vision = tower_sets(cfg, rows, wide)
     kept_scores = scores if length <= WHOLE_UP_TO else 0
     kept = text.depth * (c * tokens * width if recipe.remat else saved + 4 * 4 * tokens * width + 2 * kept_scores)
     if full:
-        kept += eye.depth * (c * patches * eye.width if recipe.remat else one)
+        kept += eye.depth * (c * rows * (eye.tokens + eye.class_token) * eye.width if recipe.remat else one)
     return kept + max(block, head, vision)
+
+
+def block_sets(cfg: VLMConfig, rows: int, length: int, wide: int) -> tuple[float, float, float]:
+    """Bytes of a decoder block: what it saves for the backward pass, its attention scores, its gathered weights."""
+    text, c = cfg.decoder, cfg.precision.dtype.itemsize
+    queries, keys = text.heads * text.head_dim / wide, text.kv_heads * text.head_dim / wide
+    columns, products = text.mlp / wide, 3 if text.gated else 2
+    saved = c * rows * length * (6 * text.width + 2 * queries + 2 * keys + (1 + products) * columns)
+    scores = 4 * rows * text.heads / wide * length * queries_at_once(length)
+    return saved, scores, c * text.width * (2 * queries + 2 * keys + products * columns)
+
+
+def tower_sets(cfg: VLMConfig, rows: int, wide: int) -> tuple[float, float]:
+    """Bytes of one block of the vision tower forward, and of that with the pixels."""
+    eye, c = cfg.vision, cfg.precision.dtype.itemsize
+    seen = eye.tokens + eye.class_token
+    one = c * rows * seen * (8 * eye.width + 2 * eye.mlp / wide)
+    one += 3 * 4 * rows * eye.heads / wide * seen * queries_at_once(seen)
+    return one, one + rows * 3 * eye.image_size**2 * (4 + 2 * c)
 
 
 def queries_at_once(length: int) -> int:
     """Query positions whose scores the attention holds together."""
     return length if length <= WHOLE_UP_TO else QUERY_BLOCK
-
-
-def tell(config, descriptions: list[str]) -> str:
-    """What `--plan` prints: the parts in GB for each kind of device, and whether they fit.
-
-    Raises:
-      UserError: see `memory`.
-    """
-    here = config.target.path and pathlib.Path(config.target.path).exists()
-    sizes = config.target.path if here else "config.model"
-    lines = [f"train ({config.train.mode}) of {config.name}, sizes of {sizes}, GB on each device, by count:"]
-    for text in descriptions:
-        devices = Devices.parse(text)
-        found = memory(config, devices)
-        parts = " · ".join(f"{name} {value / GB:.1f}" for name, value in found._asdict().items())
-        if found.total <= DEFAULT_SHARE * devices.bytes:
-            verdict = "fits"
-        elif found.total <= LARGEST_SHARE * devices.bytes:
-            verdict = f"fits with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGEST_SHARE}"
-        else:
-            verdict = "does not fit: lower train.micro_batch or dataset.max_length, or take more devices"
-        lines.append(f"{text}: {parts} · total {found.total / GB:.1f} of {devices.bytes / GB:.0f}: {verdict}")
-    return "\n".join(lines)
