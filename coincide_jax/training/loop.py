@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import pathlib
 import signal
@@ -20,9 +19,9 @@ from coincide_jax.core.metrics import JsonLines, Progress, say
 from coincide_jax.dataset import batches
 from coincide_jax.kernels import plan
 from coincide_jax.models import lora
-from coincide_jax.training import probe
 from coincide_jax.training import state as states
 from coincide_jax.training import steps as compiled
+from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.state import Recipe
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the device
@@ -57,17 +56,19 @@ class Log:
     what is left, so that the lines add up to the time that went by.
     """
 
-    def __init__(self, out: pathlib.Path, step: int):
-        _cut(out / "metrics.jsonl", lambda line: line["step"] <= step)
-        _cut(out / "curriculum.jsonl", lambda line: line["drawn_at"] < step)
+    def __init__(self, out: pathlib.Path, step: int, arms: ArmLog):
+        artifacts.cut_jsonl(out / "metrics.jsonl", lambda line: line["step"] <= step)
+        artifacts.cut_jsonl(out / "curriculum.jsonl", lambda line: line["drawn_at"] < step)
         self.steps, self.rounds = JsonLines(out / "metrics.jsonl"), JsonLines(out / "curriculum.jsonl")
-        self.waiting: list[tuple[int, dict]] = []
+        self.arms = arms
+        self.waiting: list[tuple[int, dict, np.ndarray]] = []
         self.seconds: list[float] = []  # of the first of them, which have ended
         self.loss, self.clock = math.nan, time.monotonic()
 
-    def step(self, step: int, metrics: dict) -> None:
-        """Keeps the metrics of a step, still on the device, and waits for the step `IN_FLIGHT` before it."""
-        self.waiting.append((step, metrics))
+    def step(self, step: int, metrics: dict, arms: np.ndarray) -> None:
+        """Keeps the metrics of a step, still on the device, and its plan's arms int32[B]; waits for the step
+        `IN_FLIGHT` before it."""
+        self.waiting.append((step, metrics, arms))
         if len(self.waiting) > IN_FLIGHT:
             ended = jax.block_until_ready(self.waiting[-1 - IN_FLIGHT][1])
             self.seconds.append(self._lap())
@@ -85,10 +86,11 @@ class Log:
           UserError: a loss that is not finite; a gradient that is not, unless the step was skipped for it; a loss scale
             that helps no more.
         """
-        fetched = jax.device_get([metrics for _, metrics in self.waiting])
+        fetched = jax.device_get([metrics for _, metrics, _ in self.waiting])
         late = len(self.waiting) - len(self.seconds)
         self.seconds += [self._lap() / late] * late if late else []
-        for (step, _), metrics, seconds in zip(self.waiting, fetched, self.seconds, strict=True):
+        for (step, _, arms), metrics, seconds in zip(self.waiting, fetched, self.seconds, strict=True):
+            self.arms.hear(arms, metrics.pop("losses"))
             metrics = {key: value.item() for key, value in metrics.items()}
             self.loss, norm, skipped = metrics["loss"], metrics["gradient_norm"], metrics.get("skipped", 0)
             if not math.isfinite(self.loss) or not (math.isfinite(norm) or skipped):
@@ -107,17 +109,10 @@ class Log:
         self.seconds.clear()
 
     def close(self) -> None:
-        """Closes both files."""
+        """Closes the files."""
         self.steps.close()
         self.rounds.close()
-
-
-def _cut(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
-    """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    artifacts.write_text(path, "".join(line for line in whole if keep(json.loads(line))))
+        self.arms.close()
 
 
 def _claim(out: pathlib.Path, identity: dict) -> None:
@@ -163,13 +158,14 @@ def fit(
       name: key of the recipe, for screen and messages (base, reference.train, train).
       params: whole tree of the start; stays as it is.
       members: records int[N] and arm int[N] (which of `arms` each belongs to); rank real[N], the order within an arm of
-        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures.
+        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures; watched
+        int[n], records that are measured for the report alone.
       sampler: init, probabilities, update.
       exact: whether a probe measures exact answers instead of losses.
       total_records: records of one epoch of this run; the recipe's epochs or steps make the length of it.
       round_steps: S, steps between two draws.
       lag: 0 draws a round after the last update, 1 a round earlier, so that reading overlaps.
-      out: gets checkpoints/, metrics.jsonl, curriculum.jsonl, run.json.
+      out: gets checkpoints/, metrics.jsonl, curriculum.jsonl, arms.jsonl, run.json.
       at_end: is handed the trained tree before LoRA is merged.
 
     Returns:
@@ -211,12 +207,17 @@ def fit(
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", recipe.keep)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     restored = checkpoints.restore(abstract)
-    step = 0
+    step, notes = 0, {}
     if restored is not None:
-        step, state, _ = restored
+        step, state, notes = restored
         say(name, f"goes on at step {step} of {steps}")
-    log = Log(out, step)
-    ahead, probing = None, 0.0
+    reading = {"batch": recipe.batch, "micro": recipe.micro_batch, "threads": threads, "mesh": mesh}
+    log = Log(out, step, ArmLog(out / "arms.jsonl", arms, step, members, dataset, reading, notes.get("heard", {})))
+
+    def judge(exact: bool) -> Callable:
+        return lambda batch, params=state.params: run.judge(params, frozen, batch, exact)
+
+    ahead = None
     say(name, f"{steps} steps of {recipe.batch} records · {len(members['records'])} records in {arms} arms")
     with (
         contextlib.closing(checkpoints),
@@ -227,24 +228,15 @@ def fit(
         progress.advance(step)
         while step < steps:
             number, first = divmod(step, round_steps)
-            if first == 0 and run.learn:
-                begin = time.monotonic()
-                values = probe.measure(
-                    lambda batch, state=state: run.judge(state.params, frozen, batch, exact),
-                    dataset,
-                    members["probed"],
-                    batch=recipe.batch,
-                    micro=recipe.micro_batch,
-                    threads=threads,
-                    mesh=mesh,
-                )
-                values = jax.device_put(values, jax.NamedSharding(mesh, jax.P()))
-                state = state.replace(sampler=run.learn(state.sampler, values))
-                probing += time.monotonic() - begin
+            if first == 0:
+                values = log.arms.write(step, judge, exact if run.learn else None)
+                if run.learn:
+                    values = jax.device_put(values, jax.NamedSharding(mesh, jax.P()))
+                    state = state.replace(sampler=run.learn(state.sampler, values))
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
                 state, p = run.draw(state, table, np.int32(drawn), np.int32(slots))
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
-            records = jax.device_get(state.plan.records)
+            records, arms_of = jax.device_get((state.plan.records, state.plan.arms[0]))
             reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads)
             more = lag and (number + 1) * round_steps < steps
             ahead = pool.submit(_reader, dataset, records[1], 0, recipe, threads) if more else None
@@ -256,23 +248,22 @@ def fit(
                         accumulator = run.micro(state.params, frozen, accumulator, batch, *where)
                 state, accumulator, metrics = run.apply(state, accumulator, schedule)
                 step += 1
-                log.step(step, metrics)
+                log.step(step, metrics, arms_of[(step - 1) % round_steps])
                 progress.advance(1, f"loss {log.loss:.3f}" if math.isfinite(log.loss) else "")
                 if step == steps or step % recipe.checkpoint_every == 0 or stop.requested:
                     log.flush(name)
-                    checkpoints.save(step, state, {"steps": steps})
+                    checkpoints.save(step, state, {"steps": steps, "heard": log.arms.heard()})
                 if stop.requested and step < steps:
                     checkpoints.wait()
                     say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
                     raise SystemExit(STOPPED)
             log.flush(name)
+        log.arms.write(step, judge, None)
     summary = _summary(out, state, len(members["records"]))
     say(
         name,
         f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
     )
-    if run.learn:
-        say(name, f"probes of {members['probed'].size} records before each round took {probing:.1f} s in all")
     if at_end is not None:
         at_end(state.params)
     whole, adapters = states.unite(state.params, frozen)
