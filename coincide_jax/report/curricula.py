@@ -11,7 +11,7 @@ import markupsafe
 import numpy as np
 
 from coincide_jax.core import artifacts
-from coincide_jax.report import rounds
+from coincide_jax.report import figures, rounds
 from coincide_jax.report.sources import Artefacts, MissingError
 
 GROUPS = 40  # rows of a heat map; more arms are averaged in groups, in the order in which they were learned
@@ -58,7 +58,10 @@ def section(artefacts: Artefacts) -> dict:
                 spreads[name] = _spread(lines)
     if not shown:
         raise MissingError("train/curriculum.jsonl of a row with more than one arm")
-    return {"rows": shown, "spread": markupsafe.Markup(rounds.spread(spreads))} | watched(artefacts)
+    return {
+        "rows": shown,
+        "spread": markupsafe.Markup(rounds.spread(spreads, figures.row_colours(list(artefacts.rows)))),
+    } | watched(artefacts)
 
 
 def trained(artefacts: Artefacts, folder: pathlib.Path, lines: list[dict]) -> list[dict]:
@@ -238,7 +241,7 @@ def watched(artefacts: Artefacts) -> dict:
     if not levels:
         return {"difficulty": None, "tasks": [], "lost": {}}
     return {
-        "difficulty": markupsafe.Markup(rounds.difficulty(levels)),
+        "difficulty": markupsafe.Markup(rounds.difficulty(levels, figures.row_colours(list(artefacts.rows)))),
         "tasks": tasks,
         "lost": {name: values.mean(0).tolist() for name, values in lost.items()},
         "lost_mean": {name: values.mean((0, 1)).tolist() for name, values in lost.items()},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 
-from coincide_jax.report.figures import ACCENT, FAINT, INK, PAPER, TASKS, WIDTH, canvas, plt, row_colours, styled, svg
+from coincide_jax.report.figures import ACCENT, FAINT, INK, PAPER, TASKS, WIDTH, canvas, plt, styled, svg
 
 HEAT = ("#0a5460", "#0d8a7f", "#cfe0dd", "#d9622b")  # a share of the first loss: low is learned, above 1 is worse
 LEVELS = ("easy third", "middle third", "hard third")
@@ -41,9 +41,8 @@ def ratio(name: str, rounds: np.ndarray, tasks: Sequence[str], shares: np.ndarra
 
 
 @styled
-def spread(rows: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
+def spread(rows: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], colours: dict[str, str]) -> str:
     """Per row over its rounds: exp(entropy) as a share of the arms (left), share of the arms drawn so far (right)."""
-    colours = row_colours(list(rows))
     figure, (left, right) = canvas(2.9, 2)
     for name, (rounds, effective, visited) in rows.items():
         mark = "o" if len(rounds) < 25 else None
@@ -93,8 +92,8 @@ def heat(name: str, steps: np.ndarray, losses: np.ndarray, learned: np.ndarray, 
 def forgotten(name: str, steps: np.ndarray, now: np.ndarray, ever: np.ndarray) -> str:
     """Arms that are forgotten at each measurement int[L], and those that have been at any time until then int[L]."""
     figure, axes = canvas(2.0)
-    axes.fill_between(steps, ever, step="post", color=FAINT, label="forgotten at any time so far")
-    axes.fill_between(steps, now, step="post", color=ACCENT, label="forgotten now")
+    axes.fill_between(steps, ever, step="pre", color=FAINT, label="forgotten at any time so far")
+    axes.fill_between(steps, now, step="pre", color=ACCENT, label="forgotten now")
     axes.set_xlim(steps[0], steps[-1])
     axes.set_ylim(0, max(int(ever.max()), 1) * 1.08)
     axes.locator_params(axis="y", integer=True, nbins=5)
@@ -105,9 +104,8 @@ def forgotten(name: str, steps: np.ndarray, now: np.ndarray, ever: np.ndarray) -
 
 
 @styled
-def difficulty(rows: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
+def difficulty(rows: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], colours: dict[str, str]) -> str:
     """Watched records in three levels of difficulty: a row's steps int[L], accuracy f64[3, L], loss f64[3, L]."""
-    colours = row_colours(list(rows))
     figure, panels = plt.subplots(2, 3, figsize=(WIDTH, 4.6), layout="constrained", sharex=True, sharey="row")
     for name, (steps, accuracy, loss) in rows.items():
         for level in range(3):
