@@ -58,10 +58,8 @@ def section(artefacts: Artefacts) -> dict:
                 spreads[name] = _spread(lines)
     if not shown:
         raise MissingError("train/curriculum.jsonl of a row with more than one arm")
-    return {
-        "rows": shown,
-        "spread": markupsafe.Markup(rounds.spread(spreads, figures.row_colours(list(artefacts.rows)))),
-    } | watched(artefacts)
+    spread = rounds.spread(spreads, figures.row_colours(list(artefacts.rows)))
+    return {"rows": shown, "spread": markupsafe.Markup(spread)} | watched(artefacts)
 
 
 def trained(artefacts: Artefacts, folder: pathlib.Path, lines: list[dict]) -> list[dict]:
