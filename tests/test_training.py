@@ -18,6 +18,7 @@ from coincide_jax.dataset import batches
 from coincide_jax.kernels import bandits
 from coincide_jax.models import vlm
 from coincide_jax.training import loop, stages
+from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.state import Schedule
 from configs import common
 
@@ -114,7 +115,7 @@ def test_sigterm_saves_and_the_rerun_ends_bitwise_the_same(tmp_path, undisturbed
     params, _ = fit(tmp_path, one_device(), lag=lag)
     assert f"goes on at step {at} of 5" in capsys.readouterr().out
     assert_equal(jax.device_get(params), undisturbed[lag][0])
-    for name in ("metrics.jsonl", "curriculum.jsonl"):
+    for name in ("metrics.jsonl", "curriculum.jsonl", "arms.jsonl"):
         assert lines(tmp_path, name) == lines(undisturbed[lag][1], name)
 
 
@@ -251,9 +252,10 @@ def test_float16_stops_at_a_loss_that_is_not_finite(tmp_path):
 def test_seconds_lie_between_completions_and_add_up(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
-    log = loop.Log(tmp_path, 0)
+    log = loop.Log(tmp_path, 0, ArmLog(tmp_path / "arms.jsonl", 1, 0, {}, None, {}, {}))
     for step in range(1, 6):
-        log.step(step, {"loss": jnp.float32(step), "gradient_norm": jnp.float32(1.0)})
+        metrics = {"loss": jnp.float32(step), "gradient_norm": jnp.float32(1.0), "losses": jnp.ones(1)}
+        log.step(step, metrics, np.zeros(1, np.int32))
         assert np.isnan(log.loss) if step < 3 else log.loss == step - 2  # the newest that has ended
     log.flush("train")
     assert log.loss == 5.0
