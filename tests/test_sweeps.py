@@ -8,6 +8,7 @@ import command
 import pytest
 
 from coincide_jax import main, pipeline
+from coincide_jax.core import artifacts
 from coincide_jax.selection import coincide
 from configs import common
 
@@ -57,3 +58,23 @@ def test_rows_have_features_and_clusters_of_their_own_where_they_set_their_keys(
     assert pipeline.own_features({"cluster.k": 60, "select.name": "random"}, headline) == ()
     assert pipeline.own_features({"cluster.k": 30}, headline) == ("cluster",)
     assert pipeline.own_features({"extract.num_layers": 1}, headline) == ("extract", "cluster")
+
+
+@pytest.mark.long
+def test_the_sweep_of_curricula_runs_and_tells_what_was_learned(tmp_path):
+    config = "--config=configs/sweeps/curricula.py:tiny"
+    status, output = command.run(config, f"--workdir={tmp_path}")
+    assert status == 0, output
+    rows, steps = {}, {}
+    main.load_module(command.ROOT / "configs/sweeps/curricula.py").sweep(
+        lambda row, changes: rows.update({row: changes})
+    )
+    for row in rows:
+        train = (tmp_path if row == "coincide" else tmp_path / "rows" / row / "seed0") / "train"
+        summary = artifacts.read_json(train / "manifest.json")["summary"]
+        steps[row] = summary["steps"]
+        assert summary["watch"]["records"] == 16 and ("probe" in summary) == (row == "progress")
+    assert len({count for row, count in steps.items() if row != "full"}) == 1 and steps["full"] > steps["random"]
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert all(f"curriculum-{row}" in text for row in rows.keys() - {"coincide", "full", "random"})
+    assert "| probes, rounds × records |" in (tmp_path / "report" / "table.md").read_text()
