@@ -48,7 +48,7 @@ def get_config(rows: str = "table") -> ConfigDict:
         config.dataset.limit = 20_000
         config.evaluate.limit = 100
         config.curriculum.k = 60
-        config.curriculum.watch = 300
+        config.curriculum.watch = 200
     elif rows != "tiny":
         config.dataset.drawn = dict(records=8000, heldout=600, base=8000, seed=0)
         config.dataset.share_dev = 0.04
