@@ -35,6 +35,7 @@ def ratio(name: str, rounds: np.ndarray, tasks: Sequence[str], shares: np.ndarra
         )  # fmt: skip
     axes.set_ylim(0, 100)
     axes.set_xlim(rounds[0], rounds[-1] if len(rounds) > 1 else rounds[0] + 1)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("round")
     axes.set_ylabel("share of the draws, %")
     return svg(figure, f"curriculum-{slug(name)}", f"Task ratio over rounds, {name}")
@@ -70,7 +71,7 @@ def heat(name: str, steps: np.ndarray, losses: np.ndarray, learned: np.ndarray, 
       labels: of the rows; shown where they have room.
     """
     groups, count = losses.shape
-    figure, axes = canvas(0.9 + min(0.16 * groups, 5.2))
+    figure, axes = canvas(max(0.9 + min(0.16 * groups, 5.2), 2.6))
     ramp = matplotlib.colors.LinearSegmentedColormap.from_list("loss", HEAT)
     image = axes.imshow(
         np.ma.masked_invalid(losses), aspect="auto", cmap=ramp, vmin=0.0, vmax=1.5, interpolation="nearest"
@@ -84,7 +85,7 @@ def heat(name: str, steps: np.ndarray, losses: np.ndarray, learned: np.ndarray, 
     axes.grid(visible=False)
     bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02)
     bar.outline.set_visible(False)
-    bar.set_label("loss, share of the arm's first")
+    bar.set_label("loss / the arm's first")
     return svg(figure, f"heat-{slug(name)}", f"Loss by arm over rounds, {name}")
 
 
@@ -105,18 +106,21 @@ def forgotten(name: str, steps: np.ndarray, now: np.ndarray, ever: np.ndarray) -
 
 @styled
 def difficulty(rows: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], colours: dict[str, str]) -> str:
-    """Watched records in three levels of difficulty: a row's steps int[L], accuracy f64[3, L], loss f64[3, L]."""
+    """Watched records in three levels of difficulty: a row's steps int[L], accuracy f64[3, L], loss f64[3, L]. The
+    axis is the share of a row's own steps, since rows may differ in length."""
     figure, panels = plt.subplots(2, 3, figsize=(WIDTH, 4.6), layout="constrained", sharex=True, sharey="row")
     for name, (steps, accuracy, loss) in rows.items():
+        share = 100 * steps / steps[-1]
         for level in range(3):
             label = name if level == 0 else None
-            panels[0, level].plot(steps, 100 * accuracy[level], color=colours[name], label=label)
-            panels[1, level].plot(steps, loss[level], color=colours[name])
+            panels[0, level].plot(share, 100 * accuracy[level], color=colours[name], label=label)
+            panels[1, level].plot(share, loss[level], color=colours[name])
     for level, title in enumerate(LEVELS):
         panels[0, level].set_title(title)
-        panels[1, level].set_xlabel("steps")
+        panels[1, level].set_xlabel("% of the row's steps")
     panels[0, 0].set_ylabel("exact answers, %")
     panels[1, 0].set_ylabel("loss, nats a token")
-    panels[0, 0].set_ylim(bottom=0)
+    best = max(100 * np.nanmax(accuracy) for _, accuracy, _ in rows.values())
+    panels[0, 0].set_ylim(0, max(1.05 * best, 5))
     figure.legend(loc="outside upper left", ncols=min(len(rows), 6), columnspacing=1.4, labelcolor=INK)
     return svg(figure, "difficulty", "Accuracy and loss by difficulty over steps")
