@@ -17,7 +17,7 @@ STEPS, ROUND = 60, 4
 RUN = (
     command.TINY, "--notable", "--config.curriculum.name=coincide_plus", "--config.curriculum.pool=all",
     "--config.curriculum.k=4", f"--config.curriculum.round_steps={ROUND}", "--config.curriculum.rehearsal=0.2",
-    "--config.curriculum.probe=2", "--config.curriculum.watch=4", f"--config.train.steps={STEPS}",
+    "--config.curriculum.probe=2", "--config.curriculum.watch=3", f"--config.train.steps={STEPS}",
     "--config.train.batch=8", "--config.train.micro_batch=4", "--config.train.checkpoint_every=3",
 )  # fmt: skip
 EARLIER = ("dataset", "base", "cluster")  # all that training from the pool reads
