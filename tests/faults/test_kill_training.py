@@ -1,131 +1,83 @@
 """Training that is killed again and again, in a save, in a step, while reading: the last run ends with the numbers of
 an undisturbed one. Tier `long`: 21 SIGKILL, 5 SIGTERM."""
 
-import json
-import random
-import shutil
+import multiprocessing
+import os
+import pathlib
 import signal
-import threading
-import time
 
-import command
+import killable
 import pytest
 
 from coincide_jax.core import artifacts
 
-STEPS, ROUND = 60, 4
-RUN = (
-    command.TINY, "--notable", "--config.curriculum.name=coincide_plus", "--config.curriculum.pool=all",
-    "--config.curriculum.k=4", f"--config.curriculum.round_steps={ROUND}", "--config.curriculum.rehearsal=0.2",
-    "--config.curriculum.probe=2", "--config.curriculum.watch=3", f"--config.train.steps={STEPS}",
-    "--config.train.batch=8", "--config.train.micro_batch=4", "--config.train.checkpoint_every=3",
-)  # fmt: skip
-EARLIER = ("dataset", "base", "cluster")  # all that training from the pool reads
-KILLS = {"save": 7, "step": 7, "data": 7}
-
-
-def prepare(workdir, finished):
-    """A workdir with the stages that training needs, out of the finished run."""
-    for name in EARLIER:
-        shutil.copytree(finished[0] / name, workdir / name)
-    return workdir
-
-
-def saved(workdir) -> int:
-    """The last step of which a checkpoint is whole."""
-    return max((int(path.parent.name) for path in workdir.glob("train/checkpoints/*/commit_success.txt")), default=0)
-
-
-def saving(workdir) -> bool:
-    """Whether a checkpoint is on disk that is not whole yet."""
-    return any(
-        not (path / "commit_success.txt").exists() for path in workdir.glob("train/checkpoints/*") if path.is_dir()
-    )
-
-
-def rounds(workdir) -> int:
-    """Lines of curriculum.jsonl: a round is drawn, its records are about to be read."""
-    path = workdir / "train" / "curriculum.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def interrupted(workdir, moment: str, seed: str, number: int) -> tuple[int, str]:
-    """A run that is sent signal `number` at a moment drawn by `seed`; its status and what it printed.
-
-    save: as soon as an unfinished checkpoint is seen after so many whole ones; data: when a round was drawn; step: some
-    time after a checkpoint.
-    """
-    chance = random.Random(seed)
-    begun_at, drawn_at, later = saved(workdir), rounds(workdir), chance.randint(0, 1)
-
-    def ready() -> bool:
-        if moment == "save":
-            return saved(workdir) >= begun_at + 3 * later and saving(workdir)
-        if moment == "data":
-            return rounds(workdir) > drawn_at + later
-        return saved(workdir) > begun_at + 3 * later
-
-    process = command.start(*RUN, f"--workdir={workdir}", "--stages=train")
-
-    def watch() -> None:
-        while process.poll() is None and not ready():
-            time.sleep(0.001)
-        time.sleep(0.0 if moment == "save" else chance.uniform(0.0, 0.03))
-        process.send_signal(number)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output = process.stdout.read()
-    watcher.join()
-    return process.wait(), output
-
-
-def outcome(workdir) -> dict:
-    """Every number that training left: lines without their times, fingerprint of the weights, what was drawn."""
-    found = {}
-    for name in ("metrics", "curriculum", "arms"):
-        lines = artifacts.read_jsonl(workdir / "train" / f"{name}.jsonl")
-        found[name] = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-    summary = json.loads((workdir / "train" / "manifest.json").read_text())["summary"]
-    times = {
-        name: {key: value for key, value in summary[name].items() if key != "seconds"} for name in ("probe", "watch")
-    }
-    return found | {"summary": summary | times}
+TESTS = pathlib.Path(killable.__file__).parent
+LINES = ("metrics.jsonl", "curriculum.jsonl", "arms.jsonl")
+KILLS = 7  # of each kind, one after another on one run
 
 
 @pytest.fixture(scope="module")
-def undisturbed(finished, tmp_path_factory):
-    workdir = prepare(tmp_path_factory.mktemp("undisturbed") / "run", finished)
-    status, output = command.run(*RUN, f"--workdir={workdir}", "--stages=train")
-    assert status == 0, output
-    found = outcome(workdir)
-    assert len(found["metrics"]) == STEPS and len(found["curriculum"]) == STEPS // ROUND
-    assert found["arms"][-1]["step"] == STEPS
+def processes():
+    """Fresh processes that have the modules loaded, and no device yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS.parent), str(TESTS), before)))
+    yield context
+    os.environ["PYTHONPATH"] = before
+
+
+def run(processes, out, *arguments) -> int:
+    """Exit status of one process, minus the signal that ended it."""
+    process = processes.Process(target=killable.train, args=(str(out), *arguments))
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+def outcome(out) -> dict:
+    """Every number that the run left: lines without their times, fingerprint of the weights."""
+    found = {name: artifacts.read_jsonl(out / name) for name in LINES}
+    for lines in found.values():
+        for line in lines:
+            line.pop("seconds", None)
+    return found | artifacts.read_json(out / "outcome.json")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert run(processes, out) == 0
+    found = outcome(out)
+    assert [line["step"] for line in found["metrics.jsonl"]] == list(range(1, killable.STEPS + 1))
+    assert len(found["curriculum.jsonl"]) == killable.STEPS // killable.ROUND
+    assert found["arms.jsonl"][-1]["step"] == killable.STEPS and "probe" in found["arms.jsonl"][0]
     return found
 
 
-def finish(workdir, undisturbed) -> None:
-    status, output = command.run(*RUN, f"--workdir={workdir}", "--stages=train")
-    assert status == 0, output
-    assert outcome(workdir) == undisturbed
+def saved(out) -> int:
+    """The last step of which there is a whole checkpoint."""
+    return max((int(path.parent.name) for path in out.glob("checkpoints/*/commit_success.txt")), default=0)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", KILLS)
-def test_killed_again_and_again(moment, undisturbed, finished, tmp_path):
-    workdir = prepare(tmp_path / "run", finished)
-    for number in range(KILLS[moment]):
-        status, output = interrupted(workdir, moment, f"{moment}/{number}", signal.SIGKILL)
-        assert status == -signal.SIGKILL and not (workdir / "train" / "manifest.json").exists(), output
-    finish(workdir, undisturbed)
+@pytest.mark.parametrize("moment", killable.FURTHEST)
+def test_killed_again_and_again(moment, processes, undisturbed, tmp_path):
+    for number in range(KILLS):
+        status = run(processes, tmp_path, moment, signal.SIGKILL, f"{moment}/{number}")
+        assert status == -signal.SIGKILL and not (tmp_path / "outcome.json").exists()
+    assert 0 < saved(tmp_path) < killable.STEPS, "the kills came before or after everything"
+    assert run(processes, tmp_path) == 0
+    assert outcome(tmp_path) == undisturbed
 
 
 @pytest.mark.long
-def test_sigterm_again_and_again(undisturbed, finished, tmp_path):
-    workdir, steps = prepare(tmp_path / "run", finished), [0]
+def test_sigterm_again_and_again(processes, undisturbed, tmp_path):
+    steps = [0]
     for number in range(5):
-        status, output = interrupted(workdir, ("step", "data", "save")[number % 3], f"term/{number}", signal.SIGTERM)
-        assert status == 143 and "[train] SIGTERM: saved at step " in output, output
-        steps.append(saved(workdir))
-        assert steps[-1] > steps[-2]
-    finish(workdir, undisturbed)
+        moment = ("step", "data", "save")[number % 3]
+        assert run(processes, tmp_path, moment, signal.SIGTERM, f"term/{number}") == 143
+        steps.append(saved(tmp_path))
+        assert steps[-1] > steps[-2], "each stop saves what was done"
+    assert run(processes, tmp_path) == 0
+    assert outcome(tmp_path) == undisturbed
