@@ -17,9 +17,9 @@ the same batch, schedule and base; what rehearsal replays counts as steps:
   random             as many records drawn at random
   coincide_plus      Algorithm 1 as mended, from every record
   exp3_ix            Exp3 with implicit exploration
-  progress           relative progress of each cluster, by a probe of its records between rounds
   skill_it           where the loss of a cluster is high
   coincide_plus_rehearsal, exp3_ix_rehearsal     with a fifth of the slots for what is being forgotten
+  progress           relative progress of each cluster, by a probe of its records between rounds
 
 Probes are no steps: they are a line of their own in the table. None measures more than 2,000 records a round. The
 watched records (curriculum.watch) are of the dev part, and only the report reads them.
@@ -74,6 +74,6 @@ def sweep(add) -> None:
     online = {"curriculum.pool": "all"}
     for name in ("coincide_plus", "exp3_ix", "skill_it"):
         add(name, online | {"curriculum.name": name})
-    add("progress", online | {"curriculum.name": "progress", "curriculum.probe": 4})
     for name in ("coincide_plus", "exp3_ix"):
         add(f"{name}_rehearsal", online | {"curriculum.name": name, "curriculum.rehearsal": 0.2})
+    add("progress", online | {"curriculum.name": "progress", "curriculum.probe": 4})
