@@ -14,7 +14,7 @@ from coincide_jax.core import artifacts
 from coincide_jax.report import figures, rounds
 from coincide_jax.report.sources import Artefacts, MissingError
 
-GROUPS = 40  # rows of a heat map; more arms are averaged in groups, in the order in which they were learned
+GROUPS = 60  # rows of a heat map; more arms are averaged in groups, in the order in which they were learned
 COLUMNS = 60  # of a heat map; more measurements are averaged
 LISTED = 8  # clusters named at either end of the order, and of those forgotten
 LEAST_FALL = 0.1  # of its first loss: an arm that fell by less counts as not learned
@@ -151,7 +151,7 @@ def grouped(told: Story, names: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     if len(rows) == len(order):
         labels = [f"{arm} {names[arm]}" for arm in order]
     else:
-        labels = [f"{len(row)} arms" for row in rows]
+        labels = [f"{len(row)} arm{'s' * (len(row) > 1)}" for row in rows]
     return np.array([told.steps[column[-1]] for column in columns]), cells, learned, labels
 
 

@@ -78,7 +78,7 @@ def heat(name: str, steps: np.ndarray, losses: np.ndarray, learned: np.ndarray, 
     )
     seen = np.flatnonzero(np.isfinite(learned))
     axes.plot(learned[seen], seen, "|", color=PAPER, markersize=min(8, 200 / groups), markeredgewidth=1.6)
-    axes.set_yticks(np.arange(groups), labels, fontsize=7)
+    axes.set_yticks(np.arange(groups), labels, fontsize=min(7, 330 / groups))
     shown = np.unique(np.linspace(0, count - 1, min(count, 9)).round().astype(int))
     axes.set_xticks(shown, [f"{int(steps[column])}" for column in shown])
     axes.set_xlabel("steps done when it was measured")
