@@ -18,12 +18,10 @@ KILLS = 7  # of each kind, one after another on one run
 
 @pytest.fixture(scope="module")
 def processes():
-    """Fresh processes that have the modules loaded, and no device yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killable"])
+    """Processes that begin anew: one forked from this one would hang, since JAX has threads here."""
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS.parent), str(TESTS), before)))
-    yield context
+    yield multiprocessing.get_context("spawn")
     os.environ["PYTHONPATH"] = before
 
 
