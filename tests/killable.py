@@ -23,7 +23,7 @@ STEPS, BATCH, ROUND, EVERY = 60, 8, 4, 3
 SETTINGS = {
     "name": "coincide_plus", "gamma": 0.2, "mu": 0.5, "round_steps": ROUND, "rehearsal": 0.2, "probe": 2,
 }  # fmt: skip
-FURTHEST = {"save": 3, "step": 12, "data": 100}  # calls after which the signal comes at the latest
+FURTHEST = {"save": 3, "step": 12, "data": 200}  # calls after which the signal comes at the latest
 SPREAD = {"save": 0.05, "step": 0.02, "data": 0.005}  # seconds after the call, at most
 
 
