@@ -58,7 +58,7 @@ def config_of(seed: int, keys) -> object:
     """The demo with COINCIDE+ over the whole pool, for `keys.steps` steps."""
     config = demo.get_config("tiny" if keys.tiny else "one").unlock()
     if not keys.tiny:
-        config.dataset.drawn.records = 5000
+        config.dataset.drawn.records = 4000
         config.base.epochs = 1.0
     config.curriculum.name, config.curriculum.pool = "coincide_plus", "all"
     config.train.steps, config.base.seed, config.train.seed = keys.steps, seed, seed
