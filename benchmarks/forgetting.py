@@ -9,10 +9,8 @@ from the same base: `kept` may draw every task to the end; `gone` draws nothing 
 a seed, and the means. A workdir that is given can be used again; what is complete there is skipped.
 """
 
-import argparse
 import contextlib
 import functools
-import json
 import pathlib
 import sys
 import tempfile
@@ -22,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import record
 from coincide_jax import curriculum, evaluation, pipeline, training
 from coincide_jax.core import artifacts, axes
 from coincide_jax.curriculum import rehearsal
@@ -130,7 +129,7 @@ def scores(path: pathlib.Path) -> dict[str, float]:
 
 def main() -> None:
     """Runs the conditions, prints the line."""
-    parser = argparse.ArgumentParser(description="A task taken away in mid-training, with and without rehearsal.")
+    parser = record.arguments("A task taken away in mid-training, with and without rehearsal.")
     parser.add_argument("--task", default="color")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
@@ -145,8 +144,7 @@ def main() -> None:
         for condition, row in found.items()
     }
     told = {name: getattr(keys, name) for name in ("task", "seeds", "steps", "rehearsal")}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(json.dumps({"benchmark": "forgetting", "device": device, **told, "by_seed": found, "mean": means}))
+    record.emit("forgetting", told | {"by_seed": found, "mean": means}, keys)
 
 
 if __name__ == "__main__":
