@@ -40,7 +40,16 @@ def constants(arms: int, steps: int, stretches: int) -> dict[str, dict]:
 
 
 def bound(name: str, arms: int, steps: int, gamma: float, resets: float) -> tuple[float, str]:
-    """Published bound of the expected regret against the best arm on the stationary problem, and its source."""
+    """Published bound of the expected regret against the best arm on the stationary problem, and its source.
+
+    Rewards lie in [0, 1], the best arm's total is at most T, and S = 1 stretch. Auer, Cesa-Bianchi, Freund and Schapire
+    2002 (SIAM J. Comput. 32): theorem 3.1, (e − 1) γ G + K ln K/γ for any γ; corollary 3.2, 2 √(e − 1) √(T K ln K) with
+    γ = √(K ln K/((e − 1) T)); corollary 8.3 (Exp3.S, α = 1/T, γ = √(K (S ln(KT) + e)/((e − 1) T))),
+    2 √(e − 1) √(K T (S ln(KT) + e)). Exp3.R: at these constants its published bound says nothing, so it is held to
+    theorem 3.1 on each stretch between its resets. Neu 2015, theorem 1, η_t = 2 γ_t = √(ln K/(K t)): with
+    probability 1 − δ at most 4 √(K T ln K) + (2 √(K T/ln K) + 1) ln(2/δ), whose integral over δ is 1 + ln 2 in the last
+    factor. Zimmert and Seldin 2021 (JMLR 22), theorem 1, importance weighting, η_t = 2/√t: 4 √(K T) + 1.
+    """
     e1, kt, log_k = math.e - 1, arms * steps, math.log(arms)
     if name == "exp3":
         return 2 * math.sqrt(e1 * kt * log_k), "Auer et al. 2002, corollary 3.2"

@@ -142,6 +142,7 @@ def defaults() -> ConfigDict:
                 positive_only=False,  # progress: only arms that improve, as in the authors' program
                 objective="loss",  # what a probe measures: loss | accuracy
                 probe=0,  # records of each arm measured between rounds; 0 = the training losses serve
+                watch=0,  # records of the dev part measured between rounds, for the report alone
                 rehearsal=0.0,  # share of slots that replay what is being forgotten, around any online sampler
                 visits=0,  # least visits of every arm in a window; 0 = no promise
                 window=100,  # steps

@@ -6,9 +6,16 @@ import subprocess
 import sys
 
 import command
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from benchmarks import bandits
+from benchmarks import bandits, forgetting
+from coincide_jax import curriculum
+from coincide_jax.curriculum import rehearsal
+from coincide_jax.curriculum.settings import Settings
+from configs import common
 
 ARMS, STEPS = 5, 2000
 VARIANTS = ("exp3", "exp3s", "exp3r", "exp3_ix", "tsallis_inf")
@@ -46,6 +53,21 @@ def test_exp3s_beats_exp3_where_the_best_arm_moves(found):
     rows = found["switching"]
     assert rows["exp3s"]["regret"] < 0.9 * rows["exp3"]["regret"]
     assert rows["exp3s"]["best_in_last_tenth"] > rows["exp3"]["best_in_last_tenth"]
+
+
+def test_a_task_taken_away_is_drawn_no_more_but_replayed():
+    settings = ConfigDict(dict(common.defaults().curriculum) | {"name": "coincide_plus", "rehearsal": 0.2})
+    bare = curriculum.make(ConfigDict(dict(settings) | {"rehearsal": 0.0}))
+    gone = forgetting.without(bare, 1, 2)
+    sampler = rehearsal.rehearsal(gone, Settings.of(settings))
+    state, alive, slots = sampler.init(3), jnp.ones(3, bool), jnp.arange(3)
+    for step in range(4):
+        p = np.asarray(sampler.probabilities(state, alive))
+        assert (p[1] == 0) == (step >= 2) and p.sum() == pytest.approx(1)
+        state = sampler.update(state, slots, jnp.asarray([1.0, 2.0 + step, 1.0]), jnp.asarray([3.0, -1.0, 3.0]))
+    assert float(sampler.replay(state, alive)[1]) > 0.15, "it is being forgotten"
+    only = sampler.probabilities(state, jnp.asarray([False, True, False]))
+    np.testing.assert_array_equal(only, [0, 1, 0])  # nothing else is left
 
 
 def test_the_command_prints_one_line():

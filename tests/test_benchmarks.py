@@ -62,6 +62,13 @@ def test_mmd_gram():
 
 
 @pytest.mark.long
+def test_forgetting():
+    found = line("forgetting", "--tiny", "--seeds=1", "--steps=20")
+    assert set(found["by_seed"]) == {"kept", "gone", "rehearsed"} == set(found["mean"])
+    assert all(0 <= score <= 1 for row in found["by_seed"].values() for part in row.values() for score in part)
+
+
+@pytest.mark.long
 def test_select():
     sizes = "--width=40", "--clusters=6", "--iterations=2"
     found = line("select", "--rows=200,400", "--rounds=1", *sizes)

@@ -20,7 +20,7 @@ from configs import demo, llava_json
 README = (command.ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"<!-- (\w+) -->\n```(?:bash|python)?\n(.*?)```", README, re.S)
 ELSEWHERE = ("install", "test", "demo")  # .ci/run runs these as printed
-LONG = ("table", "long")  # minutes to hours: the long tests are them
+LONG = ("table", "curricula", "long")  # minutes to hours: the long tests are them
 SHORT = {name: text for name, text in BLOCKS if name not in (*ELSEWHERE, *LONG, "own", "arrays", "plan")}
 NEEDS_PUBLISHED = ("llava15",)
 

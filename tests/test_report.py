@@ -13,7 +13,7 @@ from coincide_jax import report
 from coincide_jax.core import artifacts
 from coincide_jax.evaluation import relative
 from coincide_jax.kernels import kmeans
-from coincide_jax.report import tables
+from coincide_jax.report import curricula, rounds, tables
 from coincide_jax.report.sources import Artefacts
 
 TASKS = ("colour", "count", "existence", "reading", "caption", "text_only")
@@ -115,7 +115,8 @@ def write_run(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def write_train(run: pathlib.Path, seed: int, curriculum: bool) -> None:
-    """Training lines of one row and seed; the last round of a curriculum was drawn ahead and never trained."""
+    """Training lines of one row and seed; the last round of a curriculum was drawn ahead and never trained. Arm k is
+    learned in round k; the first arm is forgotten at the end, the second was and has recovered."""
     rng = np.random.default_rng(seed)
     steps = np.arange(1, 121)
     loss = 3 * np.exp(-steps / 40) + 0.6 + 0.1 * rng.random(120)
@@ -133,6 +134,17 @@ def write_train(run: pathlib.Path, seed: int, curriculum: bool) -> None:
         ]
         artifacts.write_json(run / "train" / "run.json", {"round_steps": 10, "lag": 1})
         artifacts.write_jsonl(run / "train" / "curriculum.jsonl", lines)
+        falls = [[1.0 if t <= arm else 0.2 for arm in range(K)] for t in range(13)]
+        falls[12][0] = falls[6][1] = 0.9
+        falls[5][7] = None
+        watch = {"nll": [2.0 - 0.1 * i for i in range(10)], "exact": [0.0] * 10}
+        lines = [
+            {"step": 10 * t, "losses": falls[t], "seconds": {"watch": 0.5},
+             "watch": watch if t < 12 else {"nll": [1.0] * 10, "exact": [float(i % 2) for i in range(10)]}}
+            for t in range(13)
+        ]  # fmt: skip
+        artifacts.write_jsonl(run / "train" / "arms.jsonl", lines)
+        artifacts.write_npy(run / "train" / "watched.npy", np.arange(10))
 
 
 def answers(skill: float, seed: int) -> list[dict]:
@@ -189,7 +201,7 @@ def test_every_section_stands(made):
         "provenance",
     ):
         assert f'<h2 id="{section}"' in text
-    assert text.count("<svg ") == 8
+    assert text.count("<svg ") == 12
     assert all(f">{task}<" in text for task in TASKS)
 
 
@@ -283,6 +295,59 @@ def test_intervals_that_are_not_known_are_left_blank(made):
 def test_rounds_that_were_drawn_but_never_trained_are_left_out(made):
     """120 steps in rounds of 10: round 12, drawn ahead at step 110, would begin at step 120."""
     assert "drawn from in 12 rounds" in page(made["out"])
+
+
+def test_what_was_learned_and_forgotten_is_told(made):
+    text = page(made["out"])
+    assert "12 of 12 arms. First: 0 (" in text and ", step 10), 1 (" in text
+    assert "2 arms were forgotten at some time, 1 of them recovered, 1 are forgotten at the end. Longest: 0 (" in text
+    for name in ("heat-coincide_plus", "forgotten-coincide_plus", "difficulty", "spread"):
+        assert f'id="{name}-' in text
+    assert "| forgotten | coincide_plus |" in (made["out"] / "table.md").read_text()
+
+
+def test_story_of_arms():
+    losses = np.array(
+        [[4.0, 1.0, np.nan, 2.0], [2.0, 0.98, np.nan, 1.0], [2.5, 0.97, np.nan, np.nan], [3.0, 0.96, 5, 1.5]]
+    )
+    told = curricula.story(np.arange(4), losses)
+    np.testing.assert_array_equal(
+        told.learned, [1, np.nan, np.nan, 1]
+    )  # the second fell by 4 %, the third was seen once
+    np.testing.assert_array_equal(told.forgotten[:, 0], [False, False, False, True])  # 3 > 2 + 0.2 · 4 > 2.5
+    np.testing.assert_array_equal(told.forgotten[:, 3], [False, False, False, True])
+    assert not told.forgotten[:, 1:3].any()
+
+
+def test_ten_thousand_arms_are_a_small_page():
+    rng = np.random.default_rng(0)
+    losses = np.where(rng.random((100, 10_000)) < 0.5, rng.random((100, 10_000)), np.nan)
+    told = curricula.story(np.arange(100), losses)
+    steps, cells, learned, labels = curricula.grouped(told, np.full(10_000, "task"))
+    assert cells.shape == (curricula.GROUPS, curricula.COLUMNS) == (len(labels), len(steps))
+    assert len(rounds.heat("many", steps, cells, learned, labels)) < 100_000
+
+
+def test_forgetting_by_task_is_the_mean_over_seeds(tmp_path):
+    for seed, last in enumerate((0.0, 1.0)):
+        train = tmp_path / f"seed{seed}" / "train"
+        watch = [{"nll": [1.0, 3.0], "exact": [1.0, 0.0]}, {"nll": [2.0, 2.0 + last], "exact": [last, 0.0]}]
+        artifacts.write_jsonl(train / "arms.jsonl", [{"step": 10 * n, "watch": w} for n, w in enumerate(watch)])
+        artifacts.write_npy(train / "watched.npy", np.array([0, 1]))
+    artefacts = Artefacts({}, {"row": [tmp_path / "seed0", tmp_path / "seed1"]})
+    artefacts.tasks = np.array(["a", "b"], object)
+    found = curricula.watched(artefacts)
+    assert found["tasks"] == ["a", "b"] and found["lost"]["row"] == [[0.5, 1.0], [0.0, 0.0]]
+    assert "| a | 50.0 / 1.000 |" in curricula.forgetting_table(found)
+    assert curricula.watched(Artefacts({}, {"row": [tmp_path]}))["difficulty"] is None
+
+
+def test_probes_are_a_line_of_their_own(made, tmp_path):
+    for name, summary in (("a", {"probe": {"records": 240, "times": 10, "seconds": 3.0}}), ("b", {"steps": 5})):
+        artifacts.write_json(tmp_path / name / "train" / "manifest.json", {"summary": summary})
+    artefacts = Artefacts({}, {"a": [tmp_path / "a"], "b": [tmp_path / "b"]})
+    seen = dict(tables.seen(artefacts, {"rows": {"a": {}, "b": {}}}))
+    assert seen == {"steps": ["–", "5"], "probes, rounds × records": ["10 × 240", "–"]}
 
 
 def test_a_curriculum_without_its_plan_says_so(made):

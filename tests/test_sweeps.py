@@ -160,3 +160,23 @@ def test_audits_stand_side_by_side(tmp_path):
     *_, first, second = audits.markdown(found).splitlines()
     assert first == "| a | 2 | 0.750 | 0.500 | 0.625 | 0.500 (0.250) | 0.125 (0.062) |"
     assert second == "| b | 2 | 0.750 | – | – | – | – |"
+
+
+@pytest.mark.long
+def test_the_sweep_of_curricula_runs_and_tells_what_was_learned(tmp_path):
+    config = "--config=configs/sweeps/curricula.py:tiny"
+    status, output = command.run(config, f"--workdir={tmp_path}")
+    assert status == 0, output
+    rows, steps = {}, {}
+    main.load_module(command.ROOT / "configs/sweeps/curricula.py").sweep(
+        lambda row, changes: rows.update({row: changes})
+    )
+    for row in rows:
+        train = (tmp_path if row == "coincide" else tmp_path / "rows" / row / "seed0") / "train"
+        summary = artifacts.read_json(train / "manifest.json")["summary"]
+        steps[row] = summary["steps"]
+        assert summary["watch"]["records"] == 16 and ("probe" in summary) == (row == "progress")
+    assert len({count for row, count in steps.items() if row != "full"}) == 1 and steps["full"] > steps["random"]
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert all(f"curriculum-{row}" in text for row in rows.keys() - {"coincide", "full", "random"})
+    assert "| probes, rounds × records |" in (tmp_path / "report" / "table.md").read_text()

@@ -20,6 +20,7 @@ from coincide_jax.models import vlm
 from coincide_jax.models.flops import Costs
 from coincide_jax.training import log as logs
 from coincide_jax.training import loop, stages
+from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.state import Schedule
 from configs import common
 
@@ -253,9 +254,11 @@ def test_float16_stops_at_a_loss_that_is_not_finite(tmp_path):
 def test_seconds_lie_between_completions_and_add_up(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(logs, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
-    log = logs.Log(tmp_path, 0, Costs(2.0, 0.5, 3.0, 5.0), 100.0)
+    arms = ArmLog(tmp_path / "arms.jsonl", 1, 0, {}, None, {}, {})
+    log = logs.Log(tmp_path, 0, arms, Costs(2.0, 0.5, 3.0, 5.0), 100.0)
     for step in range(1, 6):
-        log.step(step, {"loss": jnp.float32(step), "gradient_norm": jnp.float32(1.0)}, logs.Work(70, 140, 40, 10, 2))
+        metrics = {"loss": jnp.float32(step), "gradient_norm": jnp.float32(1.0), "losses": jnp.ones(1)}
+        log.step(step, metrics, logs.Work(70, 140, 40, 10, 2), np.zeros(1, np.int32))
         assert np.isnan(log.loss) if step < 3 else log.loss == step - 2  # the newest that has ended
     log.flush("train")
     assert log.loss == 5.0

@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +72,14 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
     """Reads a JSON-lines file that a stage wrote."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
+
+
+def cut_jsonl(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
+    """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    write_text(path, "".join(line for line in whole if keep(json.loads(line))))
 
 
 def write_npy(path: pathlib.Path, array: np.ndarray) -> None:

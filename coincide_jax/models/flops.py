@@ -36,7 +36,7 @@ def products(abstract) -> int:
 
 def elements(abstract) -> int:
     """Numbers of a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract, is_leaf=layers.is_leaf))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract, is_leaf=is_leaf))
 
 
 def encode(cfg: VLMConfig, rows: int, length: int) -> float:

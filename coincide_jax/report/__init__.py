@@ -12,12 +12,12 @@ import numpy as np
 
 from coincide_jax.core import artifacts
 from coincide_jax.core.metrics import say
-from coincide_jax.report import figures, gallery, tables
+from coincide_jax.report import curricula, figures, gallery, tables
 from coincide_jax.report.sources import Artefacts, MissingError
 
 __all__ = ["KEYS", "STAGE_VERSION", "run"]
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 KEYS = ("name", "evaluate.part", "evaluate.bootstrap", "evaluate.seed", "evaluate.tasks_to_rank")
 SHOWN_CLUSTERS = 300  # rows of the cluster table; the rest are in select/clusters.parquet
 LOW_SHARE = 0.5  # a task whose share falls below this factor of its pool share is named
@@ -75,7 +75,8 @@ def run(
     )
     artifacts.write_text(out / "report.html", page)
     artifacts.write_json(out / "table.json", table)
-    artifacts.write_text(out / "table.md", tables.markdown(table, tables.seen(artefacts, table)))
+    forgetting = "\n".join(curricula.forgetting_table(sections["curriculum"]))
+    artifacts.write_text(out / "table.md", tables.markdown(table, tables.seen(artefacts, table)) + forgetting)
     missing = {name: section["missing"] for name, section in sections.items() if section.get("missing")}
     for name, what in missing.items():
         say("report", f"'{name}' is left out: {what} is missing")
@@ -210,58 +211,8 @@ def training(artefacts: Artefacts, table: dict) -> dict:
 
 
 def curriculum(artefacts: Artefacts, table: dict) -> dict:
-    """Task ratio over rounds of each row whose sampler has arms to choose from (its first seed)."""
-    shown = []
-    for name, folders in artefacts.rows.items():
-        for folder in folders[:1]:
-            try:
-                lines = artefacts.lines(folder, "curriculum.jsonl")
-            except MissingError:
-                continue
-            if lines and len(lines[0]["probabilities"]) > 1:
-                shown.append({"row": name} | _ratio(artefacts, name, folder, lines))
-    if not shown:
-        raise MissingError("train/curriculum.jsonl of a row with more than one arm")
-    return {"rows": shown}
-
-
-def _ratio(artefacts: Artefacts, name: str, folder: pathlib.Path, lines: list[dict]) -> dict:
-    """Task shares over rounds: p(task) = Σ arms p(arm) · share of the arm's records that are of the task.
-
-    A run that draws a round ahead (curriculum.lag=1) may end before the last one is trained; such rounds are left out.
-    """
-    plan = folder / "train" / "run.json"
-    if not plan.exists():
-        raise MissingError(f"{folder.name}/train/run.json")
-    round_steps = artifacts.read_json(plan)["round_steps"]
-    last = max((line["step"] for line in artefacts.lines(folder, "metrics.jsonl")), default=0)
-    lines = [line for line in lines if line["round"] * round_steps < last]  # drawn_at + lag rounds is where it begins
-    if not lines:
-        raise MissingError(f"a step in {folder.name}/train/metrics.jsonl")
-    probabilities = np.array([line["probabilities"] for line in lines], float)
-    arms = probabilities.shape[1]
-    arm = artefacts.assignment
-    merged = folder / "train" / "arms" / "assignment.npy"  # clusters → arms, where fewer arms were asked for
-    if merged.exists():
-        arm = np.where(arm >= 0, np.load(merged)[arm], -1)
-    if arm.max() + 1 != arms:
-        raise MissingError(f"a clustering of {arms} arms in cluster/")
-    inside = np.flatnonzero(arm >= 0)
-    tasks, number = np.unique(artefacts.tasks[inside].astype(str), return_inverse=True)
-    counts = np.bincount(arm[inside] * len(tasks) + number, minlength=arms * len(tasks)).reshape(arms, -1)
-    shares = probabilities @ (counts / np.maximum(counts.sum(1, keepdims=True), 1))
-    order = np.argsort(-shares.mean(0), kind="stable")
-    gain = shares[-1] - shares[0]
-    rounds = np.array([line["round"] for line in lines], float)
-    drawn = np.sum([line["draws"] for line in lines], axis=0)
-    return {
-        "figure": markupsafe.Markup(figures.curriculum(name, rounds, list(tasks[order]), shares[:, order])),
-        "up": (str(tasks[gain.argmax()]), float(gain.max())),
-        "down": (str(tasks[gain.argmin()]), float(gain.min())),
-        "arms": arms,
-        "rounds": len(lines),
-        "visited": int((drawn > 0).sum()),
-    }
+    """What the samplers with arms to choose from drew, and what was learned and forgotten."""
+    return curricula.section(artefacts)
 
 
 def cost(artefacts: Artefacts, table: dict) -> dict:

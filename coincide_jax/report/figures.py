@@ -244,30 +244,6 @@ def curves(runs: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]) -> 
 
 
 @styled
-def curriculum(name: str, rounds: np.ndarray, tasks: Sequence[str], shares: np.ndarray) -> str:
-    """Task shares `[rounds, tasks]` of the sampler's probabilities, stacked over rounds, largest at the bottom."""
-    figure, axes = canvas(3.9)
-    colours = [TASKS[number % len(TASKS)] for number in range(len(tasks))]
-    axes.stackplot(rounds, 100 * shares.T, colors=colours, edgecolor=PAPER, linewidth=0.5)
-    tops = 100 * np.cumsum(shares[-1])
-    middles = tops - 50 * shares[-1]
-    at = -np.inf
-    for task, middle, share in zip(tasks, middles, shares[-1], strict=True):
-        at = max(middle, at + 4.6)  # labels keep a line's distance
-        axes.annotate(
-            f"{task}  {100 * share:.0f} %", (rounds[-1], middle), xytext=(1.025, at / 100),
-            textcoords="axes fraction", va="center", fontsize=8.5,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
-        )  # fmt: skip
-    axes.set_ylim(0, 100)
-    axes.set_xlim(rounds[0], rounds[-1] if len(rounds) > 1 else rounds[0] + 1)
-    axes.set_xlabel("round")
-    axes.set_ylabel("probability of the task, %")
-    slug = re.sub(r"\W+", "-", name)
-    return svg(figure, f"curriculum-{slug}", f"Task ratio over rounds, {name}")
-
-
-@styled
 def cost(stages: Sequence[tuple[str, float, str]]) -> str:
     """Seconds of each stage: (name, seconds, kind), kind 'reference', 'selection' or 'rest' sets the colour."""
     colours = {"reference": "#d9622b", "selection": ACCENT, "rest": POOL}

@@ -32,15 +32,29 @@ def seen(artefacts: Artefacts, table: dict) -> list[tuple[str, list[str]]]:
     A quantity that no row recorded is left out; where seeds differ a cell is "from–to".
     """
     found = []
-    for what, key in (("distinct records", "distinct"), ("steps", "steps")):
+    for what, of in (
+        ("distinct records", lambda summary: _grouped(summary.get("distinct"))),
+        ("steps", lambda summary: _grouped(summary.get("steps"))),
+        ("probes, rounds × records", lambda summary: _measured(summary.get("probe"))),
+    ):
         cells = []
         for name in table["rows"]:
             manifests = [artefacts.manifest(folder / "train") or {} for folder in artefacts.rows.get(name, ())]
-            values = sorted({manifest.get("summary", {}).get(key) for manifest in manifests} - {None})
-            cells.append("–".join(f"{value:,}" for value in dict.fromkeys((*values[:1], *values[-1:]))) or "–")
+            values = sorted({of(manifest.get("summary", {})) for manifest in manifests} - {None})
+            ends = dict.fromkeys((*values[:1], *values[-1:]))
+            cells.append("–".join(text for _, text in ends) or "–")
         if set(cells) != {"–"}:
             found.append((what, cells))
     return found
+
+
+def _grouped(number: int | None) -> tuple[int, str] | None:
+    return None if number is None else (number, f"{number:,}")
+
+
+def _measured(probe: dict | None) -> tuple[int, str] | None:
+    """Passes between rounds that trained nothing; the number that they are ordered by, and their text."""
+    return probe and (probe["times"] * probe["records"], f"{probe['times']} × {probe['records']:,}")
 
 
 def markdown(table: dict, seen: Sequence[tuple[str, list[str]]]) -> str:
@@ -108,6 +122,10 @@ def cost(artefacts: Artefacts) -> dict:
             found = [seconds_of(artefacts.manifest(folder / stage)) for folder in folders]
             found = [seconds for seconds in found if seconds is not None]
             entry[stage] = duration(sum(found) / len(found)) if found else "–"
+        summaries = [(artefacts.manifest(folder / "train") or {}).get("summary", {}) for folder in folders]
+        for what in ("probe", "watch"):
+            found = [summary[what]["seconds"] for summary in summaries if what in summary]
+            entry[what] = duration(sum(found) / len(found)) if found else "–"
         rows.append(entry)
     return {
         "stages": stages,

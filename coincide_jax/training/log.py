@@ -1,13 +1,12 @@
 """What a run writes while it goes: a line a step, a line a round, what a step held, and how fast it was."""
 
 import contextlib
-import json
 import math
 import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Events, JsonLines
 from coincide_jax.dataset.batches import Batch
 from coincide_jax.models.flops import Costs
+from coincide_jax.training.arms import ArmLog
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the device
 
@@ -58,6 +58,7 @@ class Step(NamedTuple):
     number: int
     metrics: dict
     work: Work
+    arms: np.ndarray  # int32[B], of the plan
 
 
 class Log:
@@ -77,12 +78,14 @@ class Log:
                             process
     """
 
-    def __init__(self, out: pathlib.Path, step: int, costs: Costs, peak: float, *, tensorboard: bool = False):
-        _cut(out / "metrics.jsonl", lambda line: line["step"] <= step)
-        _cut(out / "curriculum.jsonl", lambda line: line["drawn_at"] < step)
+    def __init__(
+        self, out: pathlib.Path, step: int, arms: ArmLog, costs: Costs, peak: float, *, tensorboard: bool = False
+    ):
+        artifacts.cut_jsonl(out / "metrics.jsonl", lambda line: line["step"] <= step)
+        artifacts.cut_jsonl(out / "curriculum.jsonl", lambda line: line["drawn_at"] < step)
         self.steps, self.rounds = JsonLines(out / "metrics.jsonl"), JsonLines(out / "curriculum.jsonl")
         self.events = Events(out / "events", step) if tensorboard else None
-        self.costs, self.peak = costs, peak
+        self.arms, self.costs, self.peak = arms, costs, peak
         self.waiting: list[Step] = []
         self.laps: list[tuple[float, float]] = []  # seconds, and those of them spent waiting, of the first of them
         self.loss, self.rate, self.clock, self.waited = math.nan, math.nan, time.monotonic(), 0.0
@@ -103,9 +106,10 @@ class Log:
         yield
         self.waited += time.monotonic() - begin
 
-    def step(self, number: int, metrics: dict, work: Work) -> None:
-        """Keeps the metrics of a step, still on the device, and waits for the step `IN_FLIGHT` before it."""
-        self.waiting.append(Step(number, metrics, work))
+    def step(self, number: int, metrics: dict, work: Work, arms: np.ndarray) -> None:
+        """Keeps the metrics of a step, still on the device, and its plan's arms int32[B]; waits for the step
+        `IN_FLIGHT` before it."""
+        self.waiting.append(Step(number, metrics, work, arms))
         if len(self.waiting) > IN_FLIGHT:
             ended = self.waiting[-1 - IN_FLIGHT]
             jax.block_until_ready(ended.metrics)
@@ -137,6 +141,7 @@ class Log:
             self.laps += [(seconds / late, waited / late)] * late
         held = memory() if self.waiting else {}
         for step, metrics, lap in zip(self.waiting, fetched, self.laps, strict=True):
+            self.arms.hear(step.arms, metrics.pop("losses"))
             metrics = {key: value.item() for key, value in metrics.items()}
             self._check(name, step.number, metrics)
             norm, work = metrics["gradient_norm"], step.work
@@ -176,6 +181,7 @@ class Log:
         """Closes the files."""
         self.steps.close()
         self.rounds.close()
+        self.arms.close()
         if self.events:
             self.events.close()
 
@@ -187,11 +193,3 @@ def memory() -> dict[str, float]:
         return {"device_memory_mib": round(found["peak_bytes_in_use"] / 2**20, 1)}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     return {"host_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
-
-
-def _cut(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
-    """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    artifacts.write_text(path, "".join(line for line in whole if keep(json.loads(line))))

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import pathlib
 import signal
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -18,9 +17,9 @@ from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import batches
 from coincide_jax.kernels import plan
 from coincide_jax.models import flops, layers, lora
-from coincide_jax.training import probe
 from coincide_jax.training import state as states
 from coincide_jax.training import steps as compiled
+from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.log import Log, Work
 from coincide_jax.training.state import Recipe
 
@@ -95,13 +94,14 @@ def fit(
       name: key of the recipe, for screen and messages (base, reference.train, train).
       params: whole tree of the start; stays as it is.
       members: records int[N] and arm int[N] (which of `arms` each belongs to); rank real[N], the order within an arm of
-        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures.
+        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures; watched
+        int[n], records that are measured for the report alone.
       sampler: init, probabilities, update.
       exact: whether a probe measures exact answers instead of losses.
       total_records: records of one epoch of this run; the recipe's epochs or steps make the length of it.
       round_steps: S, steps between two draws.
       lag: 0 draws a round after the last update, 1 a round earlier, so that reading overlaps.
-      out: gets checkpoints/, metrics.jsonl, curriculum.jsonl, run.json.
+      out: gets checkpoints/, metrics.jsonl, curriculum.jsonl, arms.jsonl, run.json.
       at_end: is handed the trained tree before LoRA is merged.
 
     Returns:
@@ -145,14 +145,19 @@ def fit(
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", recipe.keep)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     restored = checkpoints.restore(abstract)
-    step = 0
+    step, notes = 0, {}
     if restored is not None:
-        step, state, _ = restored
+        step, state, notes = restored
         say(name, f"goes on at step {step} of {steps}")
     costs = flops.training(cfg, recipe.mode, recipe.rank, recipe.targets)
     peak, origin = peaks.total(cfg.precision.compute, mesh)
-    log = Log(out, step, costs, peak, tensorboard=recipe.tensorboard)
-    ahead, probing = None, 0.0
+    reading = {"batch": recipe.batch, "micro": recipe.micro_batch, "threads": threads, "mesh": mesh}
+    heard = ArmLog(out / "arms.jsonl", arms, step, members, dataset, reading, notes.get("heard", {}))
+    log, ahead = Log(out, step, heard, costs, peak, tensorboard=recipe.tensorboard), None
+
+    def judge(exact: bool) -> Callable:
+        return lambda batch, params=state.params: run.judge(params, frozen, batch, exact)
+
     attention = layers.attention_used(cfg.decoder.head_dim, dataset.buckets[-1], cfg.precision.dtype)
     say(name, f"{steps} steps of {recipe.batch} records · {len(members['records'])} records in {arms} arms")
     say(name, f"attention {attention} · MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
@@ -164,24 +169,15 @@ def fit(
     ):
         while step < steps:
             number, first = divmod(step, round_steps)
-            if first == 0 and run.learn:
-                begin = time.monotonic()
-                values = probe.measure(
-                    lambda batch, state=state: run.judge(state.params, frozen, batch, exact),
-                    dataset,
-                    members["probed"],
-                    batch=recipe.batch,
-                    micro=recipe.micro_batch,
-                    threads=threads,
-                    mesh=mesh,
-                )
-                values = jax.device_put(values, jax.NamedSharding(mesh, jax.P()))
-                state = state.replace(sampler=run.learn(state.sampler, values))
-                probing += time.monotonic() - begin
+            if first == 0:
+                values = log.arms.write(step, judge, exact if run.learn else None)
+                if run.learn:
+                    values = jax.device_put(values, jax.NamedSharding(mesh, jax.P()))
+                    state = state.replace(sampler=run.learn(state.sampler, values))
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
                 state, p = run.draw(state, table, np.int32(drawn), np.int32(slots))
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
-            records = jax.device_get(state.plan.records)
+            records, arms_of = jax.device_get((state.plan.records, state.plan.arms[0]))
             with log.wait():
                 reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads, share)
             more = lag and (number + 1) * round_steps < steps
@@ -194,23 +190,22 @@ def fit(
                         accumulator = run.micro(state.params, frozen, accumulator, batch, *where)
                 state, accumulator, metrics = run.apply(state, accumulator, schedule)
                 step += 1
-                log.step(step, metrics, Work.of(micro_batches))
+                log.step(step, metrics, Work.of(micro_batches), arms_of[(step - 1) % round_steps])
                 progress.advance(1, log.note)
                 if step == steps or step % recipe.checkpoint_every == 0 or stop.requested:
                     log.flush(name)
-                    checkpoints.save(step, state, {"steps": steps})
+                    checkpoints.save(step, state, {"steps": steps, "heard": log.arms.heard()})
                 if stop.requested and step < steps:
                     checkpoints.wait()
                     say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
                     raise SystemExit(STOPPED)
             log.flush(name)
+        log.arms.write(step, judge, None)
     summary = _summary(out, state, len(members["records"])) | {"attention": attention, "peak": [peak, origin]}
     say(
         name,
         f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
     )
-    if run.learn:
-        say(name, f"probes of {members['probed'].size} records before each round took {probing:.1f} s in all")
     if at_end is not None:
         at_end(state.params)
     whole, adapters = states.unite(state.params, frozen)

@@ -20,7 +20,7 @@ from coincide_jax.training import probe
 from coincide_jax.training.loop import Termination, fit
 from coincide_jax.training.state import Recipe
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 BASE_KEYS = ("base", "model", "dataset.image_size", *READING, "device.precision")
 REFERENCE_KEYS = ("reference.train", "target.path", *READING, "device.precision")
 TRAIN_KEYS = ("train", "curriculum", "target.path", "select.fraction", *READING, "device.precision")
@@ -106,6 +106,9 @@ def run(
     members = {"records": records, "arm": arm, "arms": arms, "rank": rank}
     if sampler.probe:
         members["probed"] = probe.choose(records, arm, arms, settings.probe, config.train.seed)
+    if settings.watch:
+        members["watched"] = _watched(np.asarray(split["dev"], np.int64), settings.watch)
+        artifacts.write_npy(out / "watched.npy", members["watched"])
     if settings.visits and arms > settings.round_steps * config.train.batch:
         raise UserError(
             f"curriculum.visits promises every arm a visit, but a round of {settings.round_steps} steps has room for "
@@ -143,14 +146,18 @@ def run(
         except UserError as error:  # the model is there all the same
             say("train", str(error))
     say("train", f"model {out / 'model'} · Hugging Face files {out / 'export'}")
-    return summary | {
-        "start": begun,
-        "fingerprint": checkpoint.fingerprint(params),
-        "arms": arms,
-        "pool": len(records),
-        "sampler": settings.name,
-        "lag": settings.lag,
-    }
+    return (
+        summary
+        | {
+            "start": begun,
+            "fingerprint": checkpoint.fingerprint(params),
+            "arms": arms,
+            "pool": len(records),
+            "sampler": settings.name,
+            "lag": settings.lag,
+        }
+        | _measured(out, members)
+    )
 
 
 def _records(config, inputs: dict[str, pathlib.Path], split: dict) -> tuple[np.ndarray, int]:
@@ -171,6 +178,27 @@ def _records(config, inputs: dict[str, pathlib.Path], split: dict) -> tuple[np.n
     if "match" in inputs:
         return pool, len(np.load(inputs["match"] / "indices.npy"))
     return pool, max(math.ceil(config.select.fraction * len(pool) - 1e-6), 1)
+
+
+def _watched(dev: np.ndarray, count: int) -> np.ndarray:
+    """`count` records of the dev part, drawn by fixed seed, the same in every row and seed: int64[count]."""
+    if not 0 < count <= len(dev):
+        raise UserError(
+            f"curriculum.watch is {count}; expected 0 to {len(dev)}, the records of the dev part (dataset.share_dev)"
+        )
+    return np.sort(np.random.default_rng(0).permutation(dev)[:count])
+
+
+def _measured(out: pathlib.Path, members: dict) -> dict:
+    """Of the summary: how many records a probe measured a round, how often, and the seconds of probing and watching."""
+    path = out / "arms.jsonl"
+    seconds = [line["seconds"] for line in artifacts.read_jsonl(path)] if path.exists() else []
+    found = {}
+    for name, rows in (("probe", members.get("probed")), ("watch", members.get("watched"))):
+        if rows is not None:
+            each = [line[name] for line in seconds if name in line]
+            found[name] = {"records": int(rows.size), "times": len(each), "seconds": round(sum(each), 2)}
+    return found
 
 
 def _difficulty(records: np.ndarray, settings, inputs: dict[str, pathlib.Path]) -> np.ndarray | None:

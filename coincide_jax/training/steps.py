@@ -157,6 +157,7 @@ def _of_sampler(recipe: Recipe, sampler) -> tuple:
             "gradient_norm": optax.tree.norm(grads),
             "tokens": accumulator.tokens.astype(jnp.int32),
             "records": seen.astype(jnp.int32).sum(),
+            "losses": accumulator.losses,
         }
         params, scale = optax.apply_updates(state.params, updates), None
         if state.scale is not None:

@@ -39,8 +39,9 @@ class Slow:
     def setup(self):
         pass
 
-    def rewards(self, step, relative):
-        """`{arm: reward in [0, 1]}` of the arms seen before, from this step's `by_arm`; keeps the losses."""
+    def rewards(self, step, relative, held=True):
+        """`{arm: reward in [0, 1]}` of the arms seen before, from this step's `by_arm`; keeps the losses. Not `held`:
+        the drop itself, rescaled in [−1, 1]."""
         found, drops = {}, {}
         for arm in step:
             mean = sum(loss for loss, _ in step[arm]) / len(step[arm])
@@ -55,7 +56,10 @@ class Slow:
                     self.ring = [*self.ring, drops[arm]][-1024:]
             ordered = sorted(self.ring)
             low, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.05, 0.95)) if ordered else (0, 1)
-            return {arm: 0.5 + 0.5 * np.clip(2 * d / max(high - low, 1e-6), -1, 1) for arm, d in drops.items()}
+            found = {arm: float(np.clip(2 * d / max(high - low, 1e-6), -1, 1)) for arm, d in drops.items()}
+            return {arm: 0.5 + 0.5 * reward for arm, reward in found.items()} if held else found
+        if not held:
+            return drops
         for arm, drop in drops.items():
             found[arm] = min(max(drop, 0.0), 1.0)
         return found
@@ -102,18 +106,16 @@ class CoincidePlus(Slow):
     def setup(self):
         self.r = [0.0] * self.k
 
+    def update(self, arms, losses, weight):
+        rewards = self.rewards(self.step(arms, losses, weight)[0], self.keys["reward"] == "relative", held=False)
+        for arm, reward in rewards.items():
+            self.r[arm] = (1 - self.keys["mu"]) * self.r[arm] + self.keys["mu"] * reward
+
     def p(self, alive):
         mass = np.asarray([max(r, 0.0) if a else 0.0 for r, a in zip(self.r, alive, strict=True)])
         if mass.sum() <= 1e-12:
             return uniform(alive)
         return (1 - self.keys["gamma"]) * mass / mass.sum() + self.keys["gamma"] * uniform(alive)
-
-    def update(self, arms, losses, weight):
-        for arm, seen in self.step(arms, losses, weight)[0].items():
-            mean = sum(loss for loss, _ in seen) / len(seen)
-            if arm in self.last:
-                self.r[arm] = (1 - self.keys["mu"]) * self.r[arm] + self.keys["mu"] * (self.last[arm] - mean)
-            self.last[arm] = mean
 
 
 class Printed(CoincidePlus):
@@ -126,7 +128,7 @@ class Printed(CoincidePlus):
 
     def update(self, arms, losses, weight):
         for arm in range(self.k):
-            self.last.setdefault(arm, 0.0)
+            self.last.setdefault(arm, 0.0)  # every drop is then one from a visit before
         super().update(arms, losses, weight)
 
 
@@ -238,13 +240,15 @@ class Odm(Slow):
 
 
 class Rounds(Slow):
-    """Mean training losses of the arms, `measured` once a round."""
+    """Mean training losses of the arms, `measured` once a round; with a probe the test hands in what it measured."""
 
     def setup(self):
         self.losses, self.count = {}, 0
         self.begin()
 
     def update(self, arms, losses, weight):
+        if self.keys["probe"]:
+            return
         for arm, seen in self.step(arms, losses, weight)[0].items():
             self.losses.setdefault(arm, []).extend(loss for loss, _ in seen)
         self.count += 1
@@ -261,7 +265,9 @@ class Progress(Rounds):
         self.delta = np.zeros(self.k)
         for arm, mean in means.items():
             if arm in self.j:
-                self.delta[arm] = np.clip((self.j[arm] - mean) / max(self.j[arm], 1e-6), -1, 1)
+                gains = self.keys["objective"] == "accuracy"
+                before = self.j[arm] if self.j[arm] > 1e-6 else (1 / self.keys["probe"] if gains else 1e-6)
+                self.delta[arm] = np.clip((mean - self.j[arm]) / before * (1 if gains else -1), -1, 1)
             self.j[arm] = mean
             self.times[arm] += 1
 
@@ -288,6 +294,49 @@ class SkillIt(Rounds):
     def p(self, alive):
         losses = np.sum(self.window, axis=0) if self.window else np.ones(self.k)
         return softmax((self.keys["eta"] or 0.2) * losses, alive)  # the graph is the identity
+
+
+class Rehearsed:
+    """Around a slow sampler: which arms are replayed, which are due."""
+
+    def __init__(self, inner, arms, keys):
+        self.inner, self.k, self.keys = inner, arms, keys
+        self.now, self.best, self.age = {}, {}, [0] * arms
+        self.p = inner.p
+
+    def update(self, arms, losses, weight):
+        self.inner.update(arms, losses, weight)
+        replayed = {}
+        self.age = [age + 1 for age in self.age]
+        for arm, loss, w in zip(arms, losses, weight, strict=True):
+            if w != 0 and math.isfinite(loss):
+                self.age[arm] = 0
+                if w < 0:
+                    replayed.setdefault(arm, []).append(min(max(float(loss), 0.0), 1e4))
+        for arm, seen in {} if self.keys["probe"] else replayed.items():
+            mean = sum(seen) / len(seen)
+            before = self.now.get(arm, mean)
+            self.learn(arm, (1 - self.keys["mu"]) * before + self.keys["mu"] * mean)
+
+    def learn(self, arm, now):
+        self.now[arm], self.best[arm] = now, min(self.best.get(arm, now), now)
+
+    def measured(self, values):
+        for arm, value in values.items():
+            self.learn(arm, 1 - value if self.keys["objective"] == "accuracy" else value)
+        if hasattr(self.inner, "measured"):
+            self.inner.measured(values)
+
+    def replay(self, seen):
+        worse = [self.now.get(arm, 0) - self.best.get(arm, 0) if seen[arm] else 0.0 for arm in range(self.k)]
+        explore = uniform(seen)
+        gamma = self.keys["gamma"] if sum(worse) > 1e-12 else 1.0
+        return self.keys["rehearsal"] * ((1 - gamma) * np.asarray(worse) / max(sum(worse), 1e-12) + gamma * explore)
+
+    def due(self):
+        ahead = (self.keys["lag"] + 2) * self.keys["round_steps"]
+        spacing = self.keys["window"] // self.keys["visits"]
+        return [age + 1 if age + ahead > spacing else 0 for age in self.age]
 
 
 SLOW = {

@@ -28,7 +28,7 @@ IN_SHORT = ("static", "hard_to_easy", "coincide_plus", "progress by exact answer
             "exp3_ix with rehearsal", "arms drawn per step")  # fmt: skip
 
 
-def run(out, row: dict, mesh, count=RECORDS, **changes):
+def run(out, row: dict, mesh, count=RECORDS, watched=None, **changes):
     """Nine steps in three rounds over `count` records; parameters and summary."""
     settings = ConfigDict(dict(common.defaults().curriculum) | {"round_steps": 3, "gamma": 0.2} | row)
     records, arm, arms = np.arange(count), np.arange(count) % ARMS, ARMS
@@ -39,6 +39,8 @@ def run(out, row: dict, mesh, count=RECORDS, **changes):
     more = {"arm": arm, "arms": arms, "rank": rank}
     if sampler.probe:
         more["probed"] = probe.choose(records, arm, arms, settings.probe, 0)
+    if watched is not None:
+        more["watched"] = watched
     exact = settings.objective == "accuracy"
     return fit(out, mesh, sampler=sampler, more=more, exact=exact, records=count, total=72, **changes)
 
@@ -69,13 +71,35 @@ def test_a_run_with_probes_goes_on_where_it_stopped(tmp_path):
     halves = tmp_path / "halves"
     artifacts.write_json(halves / "run.json", artifacts.read_json(tmp_path / "whole" / "run.json"))
     (halves / "checkpoints").mkdir()
-    for name in ("metrics.jsonl", "curriculum.jsonl"):
+    for name in ("metrics.jsonl", "curriculum.jsonl", "arms.jsonl"):
         (halves / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     (tmp_path / "whole" / "checkpoints" / "4").rename(halves / "checkpoints" / "4")
     again, _ = run(halves, ROWS["progress by a probe"], one_device())
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
     assert lines(halves) == lines(tmp_path / "whole")
-    assert lines(halves, "curriculum.jsonl") == lines(tmp_path / "whole", "curriculum.jsonl")
+    for name in ("curriculum.jsonl", "arms.jsonl"):
+        assert lines(halves, name) == lines(tmp_path / "whole", name)
+    told = lines(halves, "arms.jsonl")
+    assert [line["step"] for line in told] == [0, 3, 6, 9] and [("probe" in line) for line in told] == [1, 1, 1, 0]
+
+
+def test_watching_measures_and_changes_nothing(tmp_path):
+    """Losses by arm are those of the steps; watched records leave weights and lines of the run as they are."""
+    watched = np.asarray([50, 51, 52, 53])
+    bare, _ = run(tmp_path / "bare", ROWS["coincide_plus"], one_device())
+    seen, _ = run(tmp_path / "seen", ROWS["coincide_plus"], one_device(), watched=watched)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(bare), jax.device_get(seen))
+    assert lines(tmp_path / "bare") == lines(tmp_path / "seen")
+    without, told = (lines(tmp_path / name, "arms.jsonl") for name in ("bare", "seen"))
+    assert [line["step"] for line in told] == [0, 3, 6, 9] and [line["step"] for line in without] == [3, 6, 9]
+    assert [line["losses"] for line in without] == [line["losses"] for line in told[1:]]
+    first, last = (np.asarray(told[line]["watch"]["nll"]) for line in (0, -1))
+    assert last.mean() < first.mean() and set(told[0]["watch"]["exact"]) <= {0.0, 1.0}
+    draws = np.asarray(lines(tmp_path / "seen", "curriculum.jsonl")[0]["draws"])
+    assert [loss is not None for loss in told[1]["losses"]] == (draws > 0).tolist()
+    mean = np.average([loss or 0.0 for loss in told[1]["losses"]], weights=draws)
+    steps = lines(tmp_path / "seen")[:3]
+    assert 0.8 < mean / np.mean([line["loss"] for line in steps]) < 1.25  # the steps' mean is over tokens
 
 
 @pytest.mark.parametrize("exact", [False, True])
