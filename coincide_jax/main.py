@@ -89,8 +89,9 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def find_sweep(argv: Sequence[str]) -> Callable | None:
-    """The config file's `sweep(add)`, if it has one."""
-    return getattr(load_module(config_path(argv)[0]), "sweep", None)
+    """The config file's `sweep(add)`, if it has one; an argument that chooses a curriculum means one run of it."""
+    file, argument = config_path(argv)
+    return None if "curriculum=" in argument else getattr(load_module(file), "sweep", None)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,7 +12,18 @@ import functools
 import numpy as np
 
 from coincide_jax.core.errors import UserError, unknown
-from coincide_jax.curriculum import coincide_plus, exp3, odm, offline, ordered, progress, rehearsal, skill_it, tsallis
+from coincide_jax.curriculum import (
+    coincide_plus,
+    exp3,
+    odm,
+    offline,
+    ordered,
+    progress,
+    rehearsal,
+    skill_it,
+    tsallis,
+    warmup,
+)
 from coincide_jax.curriculum.settings import Pool, Settings
 from coincide_jax.kernels.bandits import Sampler
 
@@ -35,6 +46,8 @@ SAMPLERS = {
 }
 ONE_ARM = ("uniform", "static")  # the records are one arm; clusters are not read
 OFFLINE = ("uniform", "proportional", "static", "easy_to_hard", "hard_to_easy")  # nothing to rehearse for
+OF_TASKS = ("skill_it",)  # the arms are tasks
+ASKS = ("progress",)  # answers are asked for when a record is drawn, within a budget
 READS_POOL = ("proportional", "easy_to_hard", "hard_to_easy", "progress", "skill_it")  # others are the same for any
 
 
@@ -66,7 +79,7 @@ def make(settings, facts: Pool | None = None) -> Sampler:
             f"curriculum.probe is {keys.probe}, but '{keys.name}' measures nothing; set it to 0, or "
             "curriculum.rehearsal above 0"
         )
-    if facts is not None and keys.probe > min(facts.sizes):
+    if facts is not None and keys.probe_from == "heldout" and keys.probe > min(facts.sizes):
         least = int(np.argmin(facts.sizes))
         raise UserError(
             f"curriculum.probe is {keys.probe} records an arm, but arm {least} has {facts.sizes[least]}; "
@@ -81,10 +94,17 @@ def _built(keys: Settings, facts: Pool | None) -> Sampler:
     sampler = SAMPLERS[keys.name](keys, facts)
     if keys.draw:
         sampler = sampler._replace(per_step=keys.draw == "step")
-    return rehearsal.rehearsal(sampler, keys) if keys.remembers else sampler
+    sampler = rehearsal.rehearsal(sampler, keys) if keys.remembers else sampler
+    return warmup.warmup(sampler, facts.first) if facts is not None and facts.first is not None else sampler
 
 
-def pool(arm: np.ndarray, arms: int, difficulty: np.ndarray | None = None, graph: np.ndarray | None = None) -> Pool:
+def pool(
+    arm: np.ndarray,
+    arms: int,
+    difficulty: np.ndarray | None = None,
+    graph: np.ndarray | None = None,
+    first: np.ndarray | None = None,
+) -> Pool:
     """What a sampler may know of the records that may be drawn, before any is trained on.
 
     Args:
@@ -92,6 +112,7 @@ def pool(arm: np.ndarray, arms: int, difficulty: np.ndarray | None = None, graph
       arms: K.
       difficulty: real[N], of each record, for `easy_to_hard` and `hard_to_easy`.
       graph: real[K, P], for `skill_it`: above 0 where training on arm i helps evaluation skill j.
+      first: bool[N], the records of a warm-up, which come before all others.
 
     Raises:
       UserError: an arm without records, a difficulty that is not finite.
@@ -111,17 +132,25 @@ def pool(arm: np.ndarray, arms: int, difficulty: np.ndarray | None = None, graph
             )
         means = tuple((np.bincount(arm, np.asarray(difficulty, np.float64), arms) / sizes).tolist())
     edges = None if graph is None else tuple(map(tuple, np.asarray(graph, np.float64).tolist()))
-    return Pool(tuple(sizes.tolist()), means, edges)
+    warm = None if first is None else tuple(np.bincount(arm[first], minlength=arms).tolist())
+    return Pool(tuple(sizes.tolist()), means, edges, warm)
 
 
 def prepare(
-    settings, records: np.ndarray, arm: np.ndarray, arms: int, difficulty: np.ndarray | None = None, graph=None
+    settings,
+    records: np.ndarray,
+    arm: np.ndarray,
+    arms: int,
+    difficulty: np.ndarray | None = None,
+    graph: np.ndarray | None = None,
+    first: np.ndarray | None = None,
 ) -> tuple[Sampler, np.ndarray | None]:
     """The sampler of a run over `records` int[N], made with what it may know of them, and their order within an arm.
 
-    Other arguments, returns and errors as of `pool`, `make` and `rank`.
+    With `first` the sampler is one of 2K arms, as `warmup.warmup` says. Other arguments, returns and errors as of
+    `pool`, `make` and `rank`.
     """
-    return make(settings, pool(arm, arms, difficulty, graph)), rank(settings, records, difficulty)
+    return make(settings, pool(arm, arms, difficulty, graph, first)), rank(settings, records, difficulty)
 
 
 def rank(settings, records: np.ndarray, difficulty: np.ndarray | None = None) -> np.ndarray | None:

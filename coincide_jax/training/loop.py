@@ -156,6 +156,7 @@ def fit(
     stop: Termination,
     exact: bool = False,
     at_end: Callable[[dict], None] | None = None,
+    ask: Callable[[np.ndarray, int], None] | None = None,
 ) -> tuple[dict, dict]:
     """Trains a model. The same call on the same folder goes on where a killed one stopped, with the same numbers.
 
@@ -163,7 +164,8 @@ def fit(
       name: key of the recipe, for screen and messages (base, reference.train, train).
       params: whole tree of the start; stays as it is.
       members: records int[N] and arm int[N] (which of `arms` each belongs to); rank real[N], the order within an arm of
-        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures.
+        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures, or a
+        function step → int[arms, P] (-1: none) of them; fresh, the number of different records drawn at most.
       sampler: init, probabilities, update.
       exact: whether a probe measures exact answers instead of losses.
       total_records: records of one epoch of this run; the recipe's epochs or steps make the length of it.
@@ -171,6 +173,8 @@ def fit(
       lag: 0 draws a round after the last update, 1 a round earlier, so that reading overlaps.
       out: gets checkpoints/, metrics.jsonl, curriculum.jsonl, run.json.
       at_end: is handed the trained tree before LoRA is merged.
+      ask: is handed the records int[S, B] of every round that was drawn (-1: empty) and the number of its first step,
+        before any of them is read.
 
     Returns:
       The trained whole tree (LoRA merged) and summary numbers.
@@ -187,6 +191,7 @@ def fit(
     steps, slots = recipe.length(total_records)
     arms = members["arms"]
     table = plan.members(members["records"], members["arm"], arms, members.get("rank"))
+    fresh, probed = members.get("fresh"), members.get("probed")
     _claim(
         out,
         {
@@ -216,7 +221,7 @@ def fit(
         step, state, _ = restored
         say(name, f"goes on at step {step} of {steps}")
     log = Log(out, step)
-    ahead, probing = None, 0.0
+    ahead, probing, chosen = None, 0.0, None
     say(name, f"{steps} steps of {recipe.batch} records · {len(members['records'])} records in {arms} arms")
     with (
         contextlib.closing(checkpoints),
@@ -229,10 +234,11 @@ def fit(
             number, first = divmod(step, round_steps)
             if first == 0 and run.learn:
                 begin = time.monotonic()
+                chosen = probed(step) if callable(probed) else probed
                 values = probe.measure(
                     lambda batch, state=state: run.judge(state.params, frozen, batch, exact),
                     dataset,
-                    members["probed"],
+                    chosen,
                     batch=recipe.batch,
                     micro=recipe.micro_batch,
                     threads=threads,
@@ -242,9 +248,11 @@ def fit(
                 state = state.replace(sampler=run.learn(state.sampler, values))
                 probing += time.monotonic() - begin
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
-                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots))
+                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots), fresh and np.int32(fresh))
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
             records = jax.device_get(state.plan.records)
+            for later, rows in enumerate(records if ask else ()):
+                ask(rows, (number + later) * round_steps)
             reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads)
             more = lag and (number + 1) * round_steps < steps
             ahead = pool.submit(_reader, dataset, records[1], 0, recipe, threads) if more else None
@@ -266,13 +274,13 @@ def fit(
                     say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
                     raise SystemExit(STOPPED)
             log.flush(name)
-    summary = _summary(out, state, len(members["records"]))
+    summary = _summary(out, state)
     say(
         name,
         f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
     )
-    if run.learn:
-        say(name, f"probes of {members['probed'].size} records before each round took {probing:.1f} s in all")
+    if chosen is not None:
+        say(name, f"probes of {chosen.size} records before each round took {probing:.1f} s in all")
     if at_end is not None:
         at_end(state.params)
     whole, adapters = states.unite(state.params, frozen)
@@ -292,8 +300,8 @@ def _round(state: states.TrainState, p: jax.Array) -> dict:
     }
 
 
-def _summary(out: pathlib.Path, state: states.TrainState, total: int) -> dict:
-    lines = artifacts.read_jsonl(out / "metrics.jsonl")
+def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
+    lines, position = artifacts.read_jsonl(out / "metrics.jsonl"), state.position
     tenth = max(len(lines) // 10, 1)
     scaled = {} if state.scale is None else {"skipped": sum(line["skipped"] for line in lines)}
     return scaled | {
@@ -302,7 +310,7 @@ def _summary(out: pathlib.Path, state: states.TrainState, total: int) -> dict:
         "tokens": sum(line["tokens"] for line in lines),
         "loss_first": float(np.mean([line["loss"] for line in lines[:tenth]])),
         "loss": float(np.mean([line["loss"] for line in lines[-tenth:]])),
-        "epochs": int(state.position.epoch),
-        "distinct": total if int(state.position.epoch) else int(jax.device_get(state.position.cursor).sum()),
+        "epochs": int(position.epoch),
+        "distinct": int(jax.device_get(position.kept if int(position.epoch) else position.cursor).sum()),
         "arms_seen": int((jax.device_get(state.draws) > 0).sum()),
     }

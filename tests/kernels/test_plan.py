@@ -116,6 +116,21 @@ def test_given_order_within_arms():
     assert order[12:][arms[12:] == 0].tolist() == [10, 30, 40]  # the same in the next epoch
 
 
+@pytest.mark.parametrize("fresh", [1, 5, 12, 40])
+def test_a_limit_on_fresh_records_ends_the_first_epoch_and_later_ones_are_over_the_same(fresh):
+    rank, held = np.asarray([2, 0, 1, 0, *range(8, 0, -1)]), min(fresh, 12)
+    position, seen = plan.start(4), []
+    for _ in range(3):
+        position, drawn = jax.device_put(position), None
+        drawn, position = one_round(4, 3, rank=rank, shuffle=False, fresh=jnp.int32(fresh), position=position)
+        seen += drawn.records.ravel().tolist()
+    epochs = [seen[at : at + held] for at in range(0, len(seen) - held + 1, held)]
+    assert len(set(seen)) == held and all(set(epoch) == set(epochs[0]) for epoch in epochs)
+    assert position.kept.sum() == (held if position.epoch else 0)
+    order = [record for record in epochs[0] if record >= 90]
+    assert order == sorted(order, reverse=True)  # within an arm the given order, so the limit cuts its end
+
+
 def test_replays_are_of_records_taken_before_and_use_up_nothing():
     (drawn, position) = one_round(10, 4, replay=lambda seen: 0.5 * bandits.uniform(seen))
     used, arm_of = set(), dict(zip(RECORDS.tolist(), ARM.tolist(), strict=True))
@@ -132,7 +147,7 @@ def test_replays_are_of_records_taken_before_and_use_up_nothing():
 
 
 def test_visits_that_are_due_come_first_and_exhausted_arms_are_replayed():
-    start = plan.Position(jnp.asarray([0, 1, 0, 0], jnp.int32), jnp.zeros((), jnp.int32))  # arm 1 is used up
+    start = plan.start(4)._replace(cursor=jnp.asarray([0, 1, 0, 0], jnp.int32))  # arm 1 is used up
     due = jnp.asarray([2.0, 5.0, 9.0, 0.0])  # arm 2 has no records at all
     (drawn, _) = one_round(2, 4, position=start, p=(0.0, 0.0, 0.0, 1.0), due=due)
     assert drawn.arms.ravel().tolist()[:2] == [1, 0] and drawn.weight.ravel().tolist()[:2] == [-1.0, 1.0]
