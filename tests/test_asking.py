@@ -62,11 +62,12 @@ def test_the_list_after_a_stop_is_that_of_an_undisturbed_run(tmp_path, monkeypat
     (tmp_path / "halves").mkdir()
     _, summary = run(tmp_path / "whole", **keys)
     with pytest.raises(SystemExit):
-        run(tmp_path / "halves", stop_at=3, **keys)
+        run(tmp_path / "halves", stop_at=1, **keys)
     before = (tmp_path / "halves" / "annotations.jsonl").read_bytes()
     run(tmp_path / "halves", **keys)
     found = [(tmp_path / name / "annotations.jsonl").read_bytes() for name in ("whole", "halves")]
-    assert found[0] == found[1] and found[0].startswith(before) and len(before) < len(found[0])
+    assert found[0] == found[1] and found[0].startswith(before)
+    assert lag or len(before) < len(found[0])  # stopped within the first round, which the second is not asked in
     for name in ("metrics.jsonl", "curriculum.jsonl"):
         assert lines(tmp_path / "whole", name) == lines(tmp_path / "halves", name)
     asked = artifacts.read_jsonl(tmp_path / "whole" / "annotations.jsonl")

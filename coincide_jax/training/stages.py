@@ -165,18 +165,9 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
         more = {"asked": {purpose: asker.count(purpose) for purpose in annotate.PURPOSES}, "budget": budget}
         say("train", "asked for {train} answers to train on and {probe} to probe".format(**more["asked"]))
     say("train", f"model {out / 'model'} · Hugging Face files {out / 'export'}")
-    return (
-        summary
-        | {
-            "start": begun,
-            "fingerprint": checkpoint.fingerprint(params),
-            "arms": draw.arms,
-            "pool": len(draw.records),
-            "sampler": settings.name,
-            "lag": settings.lag,
-        }
-        | more
-    )
+    more |= {"start": begun, "fingerprint": checkpoint.fingerprint(params)}
+    more |= {"arms": draw.arms, "pool": len(draw.records), "sampler": settings.name, "lag": settings.lag}
+    return summary | more
 
 
 def _draw(config, inputs: dict[str, pathlib.Path], split: dict, out: pathlib.Path, kinds: Kinds):
