@@ -198,5 +198,12 @@ def test_answers(built):
 def test_every_stage_is_in_the_run():
     """Base and reference are brought along; every other stage finds its keys."""
     run = [stage.name for stage in pipeline.STAGES if pipeline.needed(CONFIG, stage.name)]
-    assert run == [name for name in pipeline.NAMES if name not in ("base", "reference")]
+    assert run == [name for name in pipeline.NAMES if name not in ("base", "reference", *pipeline.WARMUP)]
     pipeline.check(CONFIG)
+
+
+def test_progress_takes_no_reference_and_no_coreset():
+    config = llava15.get_config("curriculum=progress")
+    run = [stage.name for stage in pipeline.STAGES if pipeline.needed(config, stage.name)]
+    assert run == [name for name in pipeline.NAMES if name not in ("base", "reference", "select")]
+    pipeline.check(config)
