@@ -71,3 +71,23 @@ def test_a_second_epoch_goes_over_the_budget_again():
         seen += drawn.records.ravel().tolist()
     assert len(set(seen)) == 10 and set(seen[:10]) == set(seen[10:20]) == set(seen[20:30])
     assert set(np.flatnonzero(FIRST).tolist()) < set(seen)
+
+
+@pytest.mark.parametrize("changes", [{}, {"positive_only": True}, {"rehearsal": 0.3}, {"probe": 1}])
+def test_probabilities_whatever_the_losses_and_the_arms_that_are_left(changes):
+    sampler, _, state = begin(keys(**changes))
+    rng, step = np.random.default_rng(0), jax.jit(sampler.update)
+    p_of = jax.jit(sampler.probabilities)
+    for number in range(60):
+        losses = rng.choice([0.0, 1e-8, 3.0, 1e30, np.inf, np.nan], 4).astype(np.float32)
+        state = step(
+            state, rng.integers(-1, 6, 4).astype(np.int32), losses, rng.choice([0.0, 1.0, -1.0], 4).astype(np.float32)
+        )
+        if sampler.probe and number % 5 == 0:
+            state = sampler.probe(state, jnp.asarray(rng.choice([np.nan, 0.0, 2.0, 1e30], 3), jnp.float32))
+        alive = rng.random(6) < 0.6
+        p = np.asarray(p_of(state, alive))
+        assert np.isfinite(p).all() and (p >= 0).all() and not p[~alive].any()
+        assert p.sum() == pytest.approx(float(alive.any()), abs=1e-5)
+        if alive[:3].any() and not bool(state.over):
+            assert not p[3:].any()
