@@ -44,11 +44,12 @@ def get_config(rows: str = "one") -> ConfigDict:
         config.model.decoder = dict(width=32, depth=6, heads=2, kv_heads=1, mlp=64)
         config.cluster.k = 12
         config.curriculum.warmup_k = 24
-        if config.curriculum.name == "progress":  # 48 answers: some rounds of small steps
+        config.curriculum.graph_steps = 2
+        if config.curriculum.name in ("progress", "skill_it"):  # a budget of 48 records: some rounds of small steps
             config.cluster.k = 6
             config.curriculum.round_steps = 1
+            config.curriculum.probe = min(config.curriculum.probe, 1)
             config.train.batch = config.train.micro_batch = 8
-        config.curriculum.graph_steps = 2
         config.base.epochs = config.train.epochs = 1.0
     return config.lock()
 

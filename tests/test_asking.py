@@ -27,13 +27,15 @@ def run(out, *, lag=0, stop_at=None, monkeypatch=None, probe=0, probe_from="held
     """Seven steps of eight records, rounds of two: 26 answers (less the held-out ones) and a second epoch over them."""
     settings = ConfigDict(dict(common.defaults().curriculum) | {"name": "progress", "round_steps": 2, "lag": lag})
     settings.update(probe=probe, probe_from=probe_from)
-    draw = asking.Draw(np.arange(RECORDS), np.arange(RECORDS) % ARMS, ARMS, BUDGET, np.arange(RECORDS)[::-1], WARM)
-    sampler, _ = curriculum.prepare(settings, draw.records, draw.arm, ARMS, first=WARM)
+    rank = np.arange(RECORDS)[::-1] + RECORDS * ~WARM
+    draw = asking.Draw(np.arange(RECORDS), np.arange(RECORDS) % ARMS, ARMS, BUDGET, rank, WARM)
+    sampler, _ = curriculum.prepare(settings, draw.records, draw.arm, ARMS)
+    sampler = sampler._replace(shuffle=False)
     if probe and probe_from == "heldout":
         asking.hold_out(draw, probe, 0)
     answers = annotate.OwnAnswers(FULL)
     asker = annotate.Annotator(out / "annotations.jsonl", annotate.without_answers(FULL), answers, BUDGET)
-    more = draw.members() | {"fresh": draw.total}
+    more = draw.members() | {"limit": draw.limit()}
     if probe:
         more["probed"] = asking.probes(draw, settings, asker, 0)
     with monkeypatch.context() as patch:

@@ -135,10 +135,11 @@ def test_a_round_of_the_curricula_compiles(name):
     cfg = vlm.VLMConfig.tiny(config.model, config.dataset.image_size, config.dataset.vocab, precision.choose("float32"))
     records = np.arange(RECORDS)
     clusters = settings.k or config.cluster.k
-    first = records % 11 == 0 if name == "progress" else None
-    sampler, _ = curriculum.prepare(settings, records, records % clusters, clusters, first=first)
-    arms = {"coincide_plus": 500, "progress": 2 * 1000}[name]
-    fresh = np.int32(config.select.fraction * RECORDS) if name == "progress" else None
+    sampler, _ = curriculum.prepare(settings, records, records % clusters, clusters)
+    arms, limit = {"coincide_plus": 500, "progress": 1000}[name], None
+    if name == "progress":
+        sampler = sampler._replace(shuffle=False)
+        limit = plan.Limit(np.int32(config.select.fraction * RECORDS), np.full(arms, 60, np.int32))
     with jax.set_mesh(mesh):
         params = layers.abstract_arrays(vlm.abstract(cfg), mesh)
         adapters = layers.abstract_arrays(lora.abstract(cfg, recipe.rank, recipe.targets), mesh)
@@ -149,7 +150,7 @@ def test_a_round_of_the_curricula_compiles(name):
             trained,
         )
         members = plan.Members(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (RECORDS, RECORDS, arms + 1)))
-        drawn = run.draw.lower(state, members, np.int32(0), np.int32(RECORDS), fresh)
+        drawn = run.draw.lower(state, members, np.int32(0), np.int32(RECORDS), limit)
         assert drawn.out_info[1].shape == (arms,) and form(drawn.out_info[0]) == form(state)
         assert drawn.compile() is not None
         if name == "progress":

@@ -12,18 +12,7 @@ import functools
 import numpy as np
 
 from coincide_jax.core.errors import UserError, unknown
-from coincide_jax.curriculum import (
-    coincide_plus,
-    exp3,
-    odm,
-    offline,
-    ordered,
-    progress,
-    rehearsal,
-    skill_it,
-    tsallis,
-    warmup,
-)
+from coincide_jax.curriculum import coincide_plus, exp3, odm, offline, ordered, progress, rehearsal, skill_it, tsallis
 from coincide_jax.curriculum.settings import Pool, Settings
 from coincide_jax.kernels.bandits import Sampler
 
@@ -94,17 +83,10 @@ def _built(keys: Settings, facts: Pool | None) -> Sampler:
     sampler = SAMPLERS[keys.name](keys, facts)
     if keys.draw:
         sampler = sampler._replace(per_step=keys.draw == "step")
-    sampler = rehearsal.rehearsal(sampler, keys) if keys.remembers else sampler
-    return warmup.warmup(sampler, facts.first) if facts is not None and facts.first is not None else sampler
+    return rehearsal.rehearsal(sampler, keys) if keys.remembers else sampler
 
 
-def pool(
-    arm: np.ndarray,
-    arms: int,
-    difficulty: np.ndarray | None = None,
-    graph: np.ndarray | None = None,
-    first: np.ndarray | None = None,
-) -> Pool:
+def pool(arm: np.ndarray, arms: int, difficulty: np.ndarray | None = None, graph: np.ndarray | None = None) -> Pool:
     """What a sampler may know of the records that may be drawn, before any is trained on.
 
     Args:
@@ -112,7 +94,6 @@ def pool(
       arms: K.
       difficulty: real[N], of each record, for `easy_to_hard` and `hard_to_easy`.
       graph: real[K, P], for `skill_it`: above 0 where training on arm i helps evaluation skill j.
-      first: bool[N], the records of a warm-up, which come before all others.
 
     Raises:
       UserError: an arm without records, a difficulty that is not finite.
@@ -132,25 +113,17 @@ def pool(
             )
         means = tuple((np.bincount(arm, np.asarray(difficulty, np.float64), arms) / sizes).tolist())
     edges = None if graph is None else tuple(map(tuple, np.asarray(graph, np.float64).tolist()))
-    warm = None if first is None else tuple(np.bincount(arm[first], minlength=arms).tolist())
-    return Pool(tuple(sizes.tolist()), means, edges, warm)
+    return Pool(tuple(sizes.tolist()), means, edges)
 
 
 def prepare(
-    settings,
-    records: np.ndarray,
-    arm: np.ndarray,
-    arms: int,
-    difficulty: np.ndarray | None = None,
-    graph: np.ndarray | None = None,
-    first: np.ndarray | None = None,
+    settings, records: np.ndarray, arm: np.ndarray, arms: int, difficulty: np.ndarray | None = None, graph=None
 ) -> tuple[Sampler, np.ndarray | None]:
     """The sampler of a run over `records` int[N], made with what it may know of them, and their order within an arm.
 
-    With `first` the sampler is one of 2K arms, as `warmup.warmup` says. Other arguments, returns and errors as of
-    `pool`, `make` and `rank`.
+    Other arguments, returns and errors as of `pool`, `make` and `rank`.
     """
-    return make(settings, pool(arm, arms, difficulty, graph, first)), rank(settings, records, difficulty)
+    return make(settings, pool(arm, arms, difficulty, graph)), rank(settings, records, difficulty)
 
 
 def rank(settings, records: np.ndarray, difficulty: np.ndarray | None = None) -> np.ndarray | None:

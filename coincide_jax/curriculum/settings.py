@@ -10,14 +10,12 @@ from coincide_jax.core.errors import UserError, unknown
 class Pool(NamedTuple):
     """Of the records that may be drawn. Hashable, so that equal pools share compiled steps.
 
-    sizes: int[K], records of each arm; difficulty: real[K], mean of each arm's, or None; graph: real[K, P], or None;
-    first: int[K], records of each arm's warm-up, or None.
+    sizes: int[K], records of each arm; difficulty: real[K], mean of each arm's, or None; graph: real[K, P], or None.
     """
 
     sizes: tuple[int, ...]
     difficulty: tuple[float, ...] | None = None
     graph: tuple[tuple[float, ...], ...] | None = None
-    first: tuple[int, ...] | None = None
 
 
 CHOICES = {

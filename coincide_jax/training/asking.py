@@ -14,6 +14,7 @@ import numpy as np
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
 from coincide_jax.dataset import Dataset, annotate
+from coincide_jax.kernels import plan
 from coincide_jax.training import probe
 
 GRAPHS = ("linear", "brute", "identity")
@@ -102,16 +103,19 @@ class Draw:
         self.first = None if self.first is None else self.first[chosen]
 
     def members(self) -> dict:
-        """As `fit` takes them. With a warm-up there are 2K arms, see `curriculum/warmup.py`."""
-        found = {"records": self.records, "arm": self.arm, "arms": self.arms, "rank": self.rank, "probed": self.probed}
-        if self.first is None:
-            return found
-        return found | {"arm": np.where(self.first, self.arm, self.arms + self.arm), "arms": 2 * self.arms}
+        """As `fit` takes them."""
+        return {"records": self.records, "arm": self.arm, "arms": self.arms, "rank": self.rank, "probed": self.probed}
+
+    def limit(self) -> plan.Limit:
+        """Of what may be drawn, the warm-up first."""
+        warm = self.arm[:0] if self.first is None else self.arm[self.first]
+        first = np.bincount(warm, minlength=self.arms).astype(np.int32)
+        return plan.Limit(np.int32(self.total), first)
 
 
 def begin(draw: Draw, settings, inputs: dict[str, pathlib.Path], seed: int) -> None:
-    """Marks the warm-up of a run that asks for answers, and fixes the order of the records within their arms, since a
-    limit on different records takes one that stays the same.
+    """Marks the warm-up of a run that asks for answers, and fixes the order of the records within their arms, the
+    warm-up first: a limit takes an order that stays the same.
 
     Raises:
       UserError: the warm-up was never chosen.
@@ -124,6 +128,7 @@ def begin(draw: Draw, settings, inputs: dict[str, pathlib.Path], seed: int) -> N
             f"curriculum.warmup is {settings.warmup} but no folder {WARMUP} says which records; run it first"
         )
     draw.first = np.isin(draw.records, np.load(inputs[WARMUP] / "indices.npy"))
+    draw.rank = np.where(draw.first, draw.rank, draw.rank + len(draw.records))
 
 
 def hold_out(draw: Draw, count: int, seed: int) -> None:

@@ -165,7 +165,7 @@ def fit(
       params: whole tree of the start; stays as it is.
       members: records int[N] and arm int[N] (which of `arms` each belongs to); rank real[N], the order within an arm of
         a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures, or a
-        function step → int[arms, P] (-1: none) of them; fresh, the number of different records drawn at most.
+        function step → int[arms, P] (-1: none) of them; limit, a `plan.Limit` of what is drawn.
       sampler: init, probabilities, update.
       exact: whether a probe measures exact answers instead of losses.
       total_records: records of one epoch of this run; the recipe's epochs or steps make the length of it.
@@ -191,7 +191,7 @@ def fit(
     steps, slots = recipe.length(total_records)
     arms = members["arms"]
     table = plan.members(members["records"], members["arm"], arms, members.get("rank"))
-    fresh, probed = members.get("fresh"), members.get("probed")
+    limit, probed = members.get("limit"), members.get("probed")
     _claim(
         out,
         {
@@ -248,7 +248,7 @@ def fit(
                 state = state.replace(sampler=run.learn(state.sampler, values))
                 probing += time.monotonic() - begin
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
-                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots), fresh and np.int32(fresh))
+                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots), limit)
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
             records = jax.device_get(state.plan.records)
             for later, rows in enumerate(records if ask else ()):

@@ -87,7 +87,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
         a select folder whose number of records an online sampler over the pool is to see as well.
         'extract', whose scores.parquet says how difficult records are, if `curriculum.difficulty` names a column of it;
         'select/warmup', whose indices.npy are the warm-up of a sampler that asks for answers.
-      prepare: (config.curriculum, records, arm, arms, difficulty, graph, first) → (sampler, rank in an arm or None).
+      prepare: (config.curriculum, records, arm, arms, difficulty, graph) → (sampler, rank within an arm or None).
 
     Raises:
       UserError: an unknown pool or sampler, more arms than clusters, records outside the clusters, a budget below one
@@ -101,7 +101,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
     if asks:
         asking.begin(draw, settings, inputs, seed)
     given = draw.records, draw.arm, draw.arms, difficulty
-    sampler, rank = prepare(settings, *given, first=draw.first)
+    sampler, rank = prepare(settings, *given)
     if asks:  # the order of `begin` stays through all epochs
         sampler, rank = sampler._replace(shuffle=False), draw.rank
     draw.rank, budget = rank, draw.total
@@ -123,8 +123,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
     if sampler.probe:
         members["probed"] = asking.probes(draw, settings, asker, seed)
     if asks:
-        members["fresh"] = draw.total
-    if asks or of_tasks:  # an arm does not follow from the cluster: the arm of every row of the file, -1 = none
+        members["limit"] = draw.limit()
+    if of_tasks:  # an arm does not follow from the cluster: the arm of every row of the file, -1 = none
         number = np.full(split["n"], -1, np.int32)
         number[members["records"]] = members["arm"]
         artifacts.write_npy(out / "arms" / "records.npy", number)

@@ -41,8 +41,8 @@ class Steps(NamedTuple):
     judge(params, frozen, batch, exact) → (f32[b], bool[b]): each row's mean token NLL, or with `exact` 1 where every
       supervised token is the likeliest (what greedy decoding would then say), and whether it has supervised tokens;
     apply(state, accumulator, schedule) → (state, empty accumulator, metrics);
-    draw(state, members, number, slots, fresh) → (state, p f32[K]), with `slots` of the run's plan holding a record and
-      at most `fresh` different ones (None: as many as there are);
+    draw(state, members, number, slots, limit) → (state, p f32[K]), with `slots` of the run's plan holding a record,
+      within a `plan.Limit` or None;
     learn(sampler's state, values f32[K]) → sampler's state, after a probe; None if the sampler has no probe.
     """
 
@@ -168,7 +168,7 @@ def _of_sampler(recipe: Recipe, sampler) -> tuple:
         return state, empty(state.params, recipe.batch), metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def draw(state: TrainState, members: plan.Members, number, slots, fresh=None):
+    def draw(state: TrainState, members: plan.Members, number, slots, limit=None):
         """Draws round `number` and lets the oldest one go."""
         _, round_steps, batch = state.plan.records.shape
         drawn, position = plan.draw_plan(
@@ -180,10 +180,10 @@ def _of_sampler(recipe: Recipe, sampler) -> tuple:
             slots,
             round_steps,
             batch,
-            fresh=fresh,
+            limit=limit,
             **bandits.ways(sampler, state.sampler),
         )
-        now = plan.room(members, state.position)
+        now = plan.bound(members, state.position, limit)
         alive = state.position.cursor < now
         p = sampler.probabilities(state.sampler, jnp.where(alive.any(), alive, now > 0))
         counted = jnp.where(drawn.arms < 0, now.shape[0], drawn.arms).reshape(-1)
