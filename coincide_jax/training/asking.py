@@ -135,14 +135,15 @@ def hold_out(draw: Draw, count: int, seed: int) -> None:
     """Takes `count` records of each arm out of what may be drawn, for probes; they count as records of the budget.
 
     Raises:
-      UserError: an arm that would have none left.
+      UserError: an arm that would have none left to train on.
     """
     free = np.ones(len(draw.records), bool) if draw.first is None else ~draw.first
-    left = np.bincount(draw.arm[free], minlength=draw.arms) - count
-    least = int(np.argmin(left))
-    if left[least] < 0 or np.bincount(draw.arm, minlength=draw.arms)[least] <= count:
+    spared = np.bincount(draw.arm[free], minlength=draw.arms)
+    short = (spared < count) | (np.bincount(draw.arm, minlength=draw.arms) <= count)
+    if short.any():
+        arm = int(np.argmax(short))
         raise UserError(
-            f"curriculum.probe holds out {count} records of each arm, but arm {least} has {left[least] + count} "
+            f"curriculum.probe holds out {count} records of each arm, but arm {arm} has {spared[arm]} "
             "that can be spared; take fewer, fewer arms (curriculum.k, cluster.k), or curriculum.probe_from=seen"
         )
     draw.probed = probe.choose(draw.records[free], draw.arm[free], draw.arms, count, seed)
@@ -169,8 +170,6 @@ def check_budget(draw: Draw, batch: int) -> None:
             f"the warm-up is {warm} records, but the budget leaves {draw.total}{spent} to train on; expected "
             "curriculum.warmup below curriculum.budget"
         )
-    if draw.total > len(draw.records):
-        raise UserError(f"the budget is {draw.total} records to train on; the pool has {len(draw.records)}")
 
 
 def annotator(data: Dataset, settings, path: pathlib.Path, budget: int) -> annotate.Annotator:
