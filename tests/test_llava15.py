@@ -158,6 +158,33 @@ def test_a_round_of_the_curricula_compiles(name):
             assert learned.compile() is not None and form(learned.out_info) == form(state.sampler)
 
 
+@pytest.mark.long
+def test_a_lora_step_compiles():
+    """Forward and backward of one micro-batch, and the optimiser's step, to programs for eight devices."""
+    mesh, recipe = axes.make_mesh(1), Recipe.from_config(CONFIG.train, "train")
+    cfg = vlm.VLMConfig.tiny(
+        CONFIG.model, CONFIG.dataset.image_size, CONFIG.dataset.vocab, precision.choose("bfloat16")
+    )
+    settings = llava15.get_config("curriculum=coincide_plus").curriculum
+    run = compiled.compile_steps(cfg, recipe, curriculum.make(settings))
+    with jax.set_mesh(mesh):
+        params = layers.abstract_arrays(vlm.abstract(cfg), mesh)
+        held = layers.abstract_arrays(vlm.abstract(cfg), mesh, cfg.precision.dtype)
+        adapters = layers.abstract_arrays(lora.abstract(cfg, recipe.rank, recipe.targets), mesh)
+        trained = {"lora": adapters, "projector": params["projector"]}
+        frozen = {top: tree for top, tree in held.items() if top != "projector"}
+        state = jax.eval_shape(
+            lambda trained: states.start(trained, recipe, curriculum.make(settings), 500, 1, settings.round_steps),
+            trained,
+        )
+        accumulator = jax.eval_shape(lambda params: compiled.empty(params, recipe.batch), state.params)
+        batch = abstract_batch(mesh, cfg, recipe.micro_batch, 768, slot=((recipe.micro_batch,), jnp.int32))
+        micro = run.micro.lower(state.params, frozen, accumulator, batch, state.key, state.step, np.int32(0))
+        assert micro.compile().memory_analysis().temp_size_in_bytes > 0
+        apply = run.apply.lower(state, accumulator, Schedule.of(recipe, 1040))
+        assert form(apply.out_info[0]) == form(state) and apply.compile() is not None
+
+
 def test_features_of_the_encoders_of_progress():
     """DINOv2-large and all-MiniLM-L6-v2: 1,024 + 384."""
     constants = dict(norm_eps=1e-6, mean=vlm.CLIP_MEAN, std=vlm.CLIP_STD)

@@ -15,7 +15,8 @@ import weights
 from ml_collections import ConfigDict
 from PIL import Image
 
-from coincide_jax.core import artifacts, axes, checkpoint
+from coincide_jax import extract
+from coincide_jax.core import artifacts, axes, checkpoint, store
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import annotate, batches, conversation, source, tokenizer
 from coincide_jax.dataset.images import load
@@ -173,6 +174,31 @@ def test_folders_of_other_models_are_refused(made):
     ):
         with jax.set_mesh(mesh), pytest.raises(UserError, match=sentence):
             towers.open_towers(split, None, settings(top, **changes), mesh)
+
+
+@pytest.mark.parametrize("reads", ["questions", "all"])
+def test_the_stage_with_a_model_of_conversations_reads_questions_alone_or_answers_too(made, reads, tmp_path):
+    """`reference.path` and `extract.reads`: other answers change the features, or not."""
+    top, split, *_ = made
+    mesh = axes.make_mesh(devices=jax.devices()[:1])
+    if not (top / "base" / "model.json").exists():
+        write_base(top, mesh)
+    records = json.loads((top / "records.json").read_text())
+    for record in records:
+        record["conversations"][1]["value"] = "quite another thing"
+    artifacts.write_json(tmp_path / "records.json", records)
+    config = settings(top, reads=reads, image_encoder="", text_encoder="", num_layers=2, rows_per_device=4)
+    config.reference.path = str(top / "base")
+    config.dataset.update(system="", max_length=96, buckets=(96,))
+    found = []
+    for name, path in (("own", top / "records.json"), ("other", tmp_path / "records.json")):
+        artifacts.write_json(tmp_path / name / "split.json", split | {"records": str(path)})
+        artifacts.write_jsonl(tmp_path / name / "quarantine.jsonl", [])
+        with jax.set_mesh(mesh):
+            summary = extract.run(config, {"dataset": tmp_path / name}, tmp_path / name / "extract", mesh)
+        found.append(store.open_features(tmp_path / name / "extract" / "features.zarr")[:])
+        assert summary["records"] == 5 and found[-1].any(axis=1).all()
+    assert np.array_equal(*found) == (reads == "questions")
 
 
 def test_questions_alone_for_a_model_that_reads_conversations(made):
