@@ -91,9 +91,12 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def find_sweep(argv: Sequence[str]) -> tuple[Callable | None, str]:
-    """The config file's `sweep(add)`, if it has one, and `LAST`, the stage at which its rows end."""
-    module = load_module(config_path(argv)[0])
-    return getattr(module, "sweep", None), getattr(module, "LAST", pipeline.NAMES[-1])
+    """The config file's `sweep(add)`, if it has one (an argument that chooses a curriculum means one run of it), and
+    `LAST`, the stage at which its rows end."""
+    file, argument = config_path(argv)
+    module = load_module(file)
+    sweep = None if "curriculum=" in argument else getattr(module, "sweep", None)
+    return sweep, getattr(module, "LAST", pipeline.NAMES[-1])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,7 +3,8 @@
 A run is one selector, one curriculum, one seed; its stages leave one folder each in the workdir. A table is a sweep of
 ordinary runs: the first row is the headline in the top folder, the others live in `rows/<row>/seed<k>/` and are handed
 dataset, features and clusters of the headline, or of the first row with the same settings; where no row has them, they
-are made once for all seeds, in `rows/<row>/`. So nothing is trained, extracted or clustered twice.
+are made once for all seeds, in `rows/<row>/`. So nothing is trained, extracted or clustered twice. PROGRESS has two
+stages more: `cluster/warmup`, another clustering of the same features, and `select/warmup`, what COINCIDE picks from it.
 """
 
 import contextlib
@@ -39,19 +40,26 @@ class Stage:
     inputs: tuple[str, ...] = ()
 
 
+WARMUP = ("cluster/warmup", "select/warmup")
+FEATURES = ("dataset", "extract")
+KINDS = training.Kinds(one_arm=curriculum.ONE_ARM, of_tasks=curriculum.OF_TASKS, asks=curriculum.ASKS)
+
+
 STAGES = (
     Stage("dataset", dataset.run, dataset.KEYS, dataset.STAGE_VERSION),
     Stage("base", training.run_base, training.BASE_KEYS, training.STAGE_VERSION, ("dataset",)),
     Stage("reference", training.run_reference, training.REFERENCE_KEYS, training.STAGE_VERSION, ("dataset", "base")),
-    Stage("extract", extract.run, extract.KEYS, extract.STAGE_VERSION, ("dataset", "reference")),
-    Stage("cluster", cluster.run, cluster.KEYS, cluster.STAGE_VERSION, ("dataset", "extract")),
+    Stage("extract", extract.run, extract.KEYS, extract.STAGE_VERSION, ("dataset", "base", "reference")),
+    Stage("cluster", cluster.run, cluster.KEYS, cluster.STAGE_VERSION, FEATURES),
     Stage("select", selection.run, selection.KEYS, selection.STAGE_VERSION, ("dataset", "extract", "cluster", "match")),
+    Stage(WARMUP[0], cluster.run_warmup, cluster.WARMUP_KEYS, cluster.STAGE_VERSION, FEATURES),
+    Stage(WARMUP[1], selection.run_warmup, selection.WARMUP_KEYS, selection.STAGE_VERSION, (*FEATURES, WARMUP[0])),
     Stage(
         "train",
-        functools.partial(training.run, prepare=curriculum.prepare, one_arm=curriculum.ONE_ARM),
+        functools.partial(training.run, prepare=curriculum.prepare, kinds=KINDS),
         training.TRAIN_KEYS,
         training.STAGE_VERSION,
-        ("dataset", "base", "extract", "cluster", "select", "match"),
+        ("dataset", "base", "extract", "cluster", "select", WARMUP[1], "match"),
     ),
     Stage("evaluate", evaluation.run, evaluation.KEYS, evaluation.STAGE_VERSION, ("dataset", "train")),
     Stage("report", report.run, report.KEYS, report.STAGE_VERSION),
@@ -84,7 +92,8 @@ def external(config: ConfigDict, stage: Stage) -> dict[str, str]:
     """Identities of files from outside the workdir that the stage's keys name, so that an edited file is noticed."""
     flat, found = flatten(subset(config, stage.keys)), {}
     for key in ("dataset.records", "dataset.base_records", "evaluate.questions", "extract.features",
-                "cluster.centroids", "cluster.assignment", "target.path", "reference.path"):  # fmt: skip
+                "cluster.centroids", "cluster.assignment", "target.path", "reference.path", "extract.image_encoder",
+                "extract.text_encoder"):  # fmt: skip
         value = flat.get(key)
         if value and Path(str(value)).exists():
             found[key] = artifacts.identity(Path(str(value)))
@@ -117,8 +126,13 @@ def needed(config: ConfigDict, name: str) -> bool:
         return name in ("cluster", "select")
     if name == "base":
         return not config.target.path
-    if name == "reference":
-        return not config.reference.path and not config.extract.features
+    if name == "reference":  # it sees the answers of the pool
+        return not config.reference.path and not config.extract.features and config.extract.reads == "all"
+    asks = config.curriculum.name in curriculum.ASKS
+    if name == "select":
+        return not asks
+    if name in WARMUP:
+        return asks and config.curriculum.warmup > 0
     return True
 
 
@@ -127,9 +141,14 @@ def reads(config: ConfigDict, stage: Stage) -> tuple[str, ...]:
     names = [name for name in stage.inputs if needed(config, name)]
     if stage.name == "train":
         online, coreset = config.curriculum.name not in curriculum.ONE_ARM, config.curriculum.pool == "coreset"
-        used = {"dataset": True, "base": True, "cluster": online, "select": coreset, "match": online and not coreset}
+        clusters = online and config.curriculum.name not in curriculum.OF_TASKS
+        used = {"cluster": clusters, "select": coreset, "match": online and not coreset}
         used["extract"] = bool(config.curriculum.difficulty)
-        names = [name for name in names if used[name]]
+        names = [name for name in names if used.get(name, True)]
+    if stage.name == "extract":
+        towers = config.extract.reads == "questions" and not config.extract.image_encoder
+        used = {"base": towers and not config.reference.path and not config.extract.features}
+        names = [name for name in names if used.get(name, True)]
     return tuple(names)
 
 
@@ -155,6 +174,8 @@ def check(config: ConfigDict) -> None:
     if config.curriculum.pool not in training.POOLS:
         raise unknown("curriculum.pool", config.curriculum.pool, training.POOLS)
     flat = flatten(config)
+    training.check(config, KINDS)
+    extract.check(config)
     for key, least in (("extract.num_layers", 1),
                        ("extract.rows_per_device", 1), ("evaluate.rows", 1), ("evaluate.max_new_tokens", 1),
                        ("evaluate.bootstrap", 1), ("evaluate.limit", 0), ("dataset.limit", 0),
@@ -233,7 +254,7 @@ def table_rows(config: ConfigDict, sweep: Callable | None, given: Sequence[str])
       UserError: a key `given` on the command line is one that the rows set.
     """
     if sweep is None:
-        return {config.select.name: {}}
+        return {config.select.name if config.curriculum.pool == "coreset" else config.curriculum.name: {}}
     rows = {}
     sweep(lambda row, changes: rows.update({row: changes}))
     for key in given:
@@ -334,7 +355,8 @@ def run_others(
                 continue
             given = common[row] | share(one, folder, shared[:2], made, options)  # the base is each seed's own
             names = ("select", "train", "evaluate") if one.curriculum.pool == "coreset" else ("train", "evaluate")
-            if row != headline and "select.fraction" not in changes:
+            names = (*(name for name in WARMUP if needed(one, name)), *names)
+            if row != headline and "select.fraction" not in changes and "select" in top:
                 given["match"] = top["select"]
             run_row(one, folder, shared=given, names=[name for name in names if name in until], **options)
     return common

@@ -5,6 +5,8 @@ Sizes here are those of a tiny model on a laptop; configs of published recipes o
 
 from ml_collections import ConfigDict
 
+from coincide_jax.core.errors import UserError, unknown
+
 
 def recipe(**changes) -> ConfigDict:
     """How one model is trained: base, reference and target each have one of these."""
@@ -55,6 +57,7 @@ def defaults() -> ConfigDict:
                 system="A chat between a curious user and an artificial intelligence assistant. "
                 "The assistant gives helpful, detailed, and polite answers to the user's questions.",
                 vocab=2048,  # entries of a tokenizer trained here
+                tokenizer_text="all",  # what it learns of the pool: all | questions (of the base always all)
                 max_length=160,  # positions of a sequence, image included; longer ones are cut
                 buckets=(64, 96, 128, 160),  # padded lengths, image included; the last is max_length
                 image_size=48,
@@ -75,6 +78,11 @@ def defaults() -> ConfigDict:
                 tap_from="attention",  # a layer's attention (output projection) | mlp | block (residual stream)
                 squash="tanh",  # of the mean over tokens: tanh | sign (booleans); tanh_first: tanh, then the mean
                 rows_per_device=32,
+                reads="all",  # all | questions: nothing that depends on an answer
+                image_encoder="",  # reads=questions: folders of DINOv2 and BERT; '' = the towers of the base
+                text_encoder="",
+                encoder_size=224,  # pixels that image_encoder is shown
+                unit_halves=True,  # image and text half of one length; False: as the encoders give them
                 scores=False,  # nll, EL2N, AUM of each record too (the forward pass then runs to the logits)
                 features="",  # features made elsewhere (.zarr or .npy); nothing is extracted
             ),
@@ -143,6 +151,13 @@ def defaults() -> ConfigDict:
                 objective="loss",  # what a probe measures: loss | accuracy
                 probe=0,  # records of each arm measured between rounds; 0 = the training losses serve
                 watch=0,  # records of the dev part measured between rounds, for the report alone
+                probe_from="heldout",  # heldout: taken out of the pool | seen (progress): trained on before
+                budget=0.0,  # progress, skill_it: share of the pool that a run takes, held out too; 0 = select.fraction
+                answers="",  # progress: JSONL of {id, answers} in place of the records' own
+                warmup=0.09,  # progress: share of the pool that COINCIDE chooses, trained on first; 0 = none
+                warmup_k=300,  # progress: clusters that the warm-up is chosen from
+                graph="linear",  # skill_it, which task helps which: linear | brute | identity
+                graph_steps=50,  # skill_it: steps of each run that the graph is learned from
                 rehearsal=0.0,  # share of slots that replay what is being forgotten, around any online sampler
                 visits=0,  # least visits of every arm in a window; 0 = no promise
                 window=100,  # steps
@@ -173,6 +188,28 @@ def defaults() -> ConfigDict:
             device=dict(model_parallel=1, precision="auto"),  # auto | float32 | bfloat16 | float16
         )
     )
+
+
+def choose(config: ConfigDict, argument: str, words: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Reads the argument of a config file, `WORD,…` and `curriculum=NAME` in any order, and sets that curriculum.
+
+    Returns the words. Raises `UserError` for one that is not in `words`, or for two curricula.
+    """
+    found = [word for word in argument.split(",") if word]
+    names = [word.removeprefix("curriculum=") for word in found if word.startswith("curriculum=")]
+    others = tuple(word for word in found if not word.startswith("curriculum="))
+    if wrong := [word for word in others if word not in words]:
+        raise unknown("argument of the config", wrong[0], (*words, "curriculum=NAME"))
+    if len(names) > 1:
+        raise UserError(f"the config's argument names the curricula {' and '.join(names)}; expected one")
+    for name in names:
+        config.curriculum.name = name
+        config.curriculum.pool = "coreset" if name in ("uniform", "static") else "all"
+        if name == "progress":  # nothing reads an answer before it is asked for
+            config.dataset.tokenizer_text = config.extract.reads = "questions"
+        if name == "skill_it":
+            config.curriculum.probe = 2
+    return others
 
 
 def four_rows(add) -> None:

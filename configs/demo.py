@@ -3,6 +3,8 @@
 Command   python -m coincide_jax.main --config=configs/demo.py          one seed of every row
           python -m coincide_jax.main --config=configs/demo.py:table    three seeds of every row
           python -m coincide_jax.main --config=configs/demo.py:tiny     a few records, to see that everything runs
+          python -m coincide_jax.main --config=configs/demo.py:curriculum=progress     one run with this curriculum
+          python -m coincide_jax.main --config=configs/demo.py:tiny,curriculum=skill_it     both
 Machine   two CPU cores
 """
 
@@ -15,10 +17,13 @@ sweep = common.four_rows
 
 
 def get_config(rows: str = "one") -> ConfigDict:
-    """`rows` is 'one' (one seed of every row), 'table' (three) or 'tiny'."""
-    if rows not in ("one", "table", "tiny"):
-        raise UserError(f"configs/demo.py:{rows}: the argument is 'table', 'tiny' or nothing")
+    """`rows` is 'one' (one seed of every row), 'table' (three) or 'tiny', and 'curriculum=NAME' as `common.choose`
+    takes it."""
     config = common.defaults()
+    words = common.choose(config, rows, ("one", "table", "tiny")) or ("one",)
+    if len(words) > 1:
+        raise UserError(f"configs/demo.py:{rows}: the argument is 'table', 'tiny' or nothing")
+    rows = words[0]
     config.name = "demo" if rows == "one" else f"demo_{rows}"
     config.seeds = (0, 1, 2) if rows == "table" else (0,)
     config.dataset.records = "drawn"
@@ -38,6 +43,13 @@ def get_config(rows: str = "one") -> ConfigDict:
         config.model.vision = dict(patch=12, width=32, depth=1, heads=2, mlp=64)
         config.model.decoder = dict(width=32, depth=6, heads=2, kv_heads=1, mlp=64)
         config.cluster.k = 12
+        config.curriculum.warmup_k = 24
+        config.curriculum.graph_steps = 2
+        if config.curriculum.name in ("progress", "skill_it"):  # a budget of 48 records: some rounds of small steps
+            config.cluster.k = 6
+            config.curriculum.round_steps = 1
+            config.curriculum.probe = min(config.curriculum.probe, 1)
+            config.train.batch = config.train.micro_batch = 8
         config.base.epochs = config.train.epochs = 1.0
     return config.lock()
 

@@ -4,6 +4,8 @@ Command   python -m coincide_jax.main --config=configs/llava_json.py --config.da
               --config.dataset.images=DIR --workdir=DIR
 Machine   two CPU cores or better
 
+          --config=configs/llava_json.py:curriculum=progress with the same keys: one run with this curriculum
+
 Held-out questions are a share of the images, or your own: --config.evaluate.questions=DIR, one JSONL file a task.
 Checkpoint folders of earlier runs can take the place of the tiny models: --config.target.path, --config.reference.path.
 """
@@ -15,9 +17,10 @@ from configs import common
 sweep = common.four_rows
 
 
-def get_config() -> ConfigDict:
-    """Base, reference and target of about a million parameters."""
+def get_config(argument: str = "") -> ConfigDict:
+    """Base, reference and target of about a million parameters; `argument` is nothing or 'curriculum=NAME'."""
     config = common.defaults()
+    common.choose(config, argument)
     config.name = "llava_json"
     config.dataset.system = ""
     config.dataset.vocab = 4096

@@ -55,7 +55,7 @@ def begin(mesh, cfg=CFG):
 
 def fit(
     out, mesh, *, params=None, sampler=SAMPLER, total=RECORDS, lag=0, round_steps=3, records=RECORDS, cfg=CFG,
-    more=None, exact=False, **changes
+    more=None, exact=False, ask=None, **changes
 ):  # fmt: skip
     """A run of five steps in rounds of three. more: further entries of `members`."""
     with jax.set_mesh(mesh), training.Termination() as stop:
@@ -75,6 +75,7 @@ def fit(
             out=out,
             stop=stop,
             exact=exact,
+            ask=ask,
         )
 
 

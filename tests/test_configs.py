@@ -7,6 +7,7 @@ import re
 import pytest
 
 from coincide_jax import pipeline
+from coincide_jax.core.errors import UserError
 from configs import common
 
 PACKAGE = pathlib.Path(pipeline.__file__).parent
@@ -25,6 +26,28 @@ def test_config_has_only_known_keys_and_every_stage_finds_its_own(name):
     assert pipeline.flatten(config).keys() == pipeline.flatten(common.defaults()).keys()
     for stage in pipeline.STAGES:
         assert pipeline.flatten(pipeline.subset(config, stage.keys))
+
+
+@pytest.mark.parametrize("name", ["demo", "llava_json", "llava15"])
+@pytest.mark.parametrize("sampler", ["progress", "coincide_plus", "skill_it", "exp3"])
+def test_an_argument_names_a_curriculum(name, sampler):
+    config = importlib.import_module(f"configs.{name}").get_config(f"curriculum={sampler}").unlock()
+    assert (config.curriculum.name, config.curriculum.pool) == (sampler, "all")
+    config.dataset.records = config.dataset.records or "records.json"
+    pipeline.check(config.lock())
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("curriculum=progres", "unknown curriculum.name 'progres'; did you mean 'progress'"),
+        ("progress", "unknown argument of the config 'progress'"),
+        ("curriculum=exp3,curriculum=odm", "names the curricula exp3 and odm; expected one"),
+    ],
+)
+def test_an_argument_that_names_none(argument, sentence):
+    with pytest.raises(UserError, match=sentence):
+        pipeline.check(importlib.import_module("configs.demo").get_config(argument))
 
 
 def test_a_stage_cannot_read_a_key_it_does_not_declare():

@@ -1,6 +1,8 @@
 """`configs/llava15.py` without its weights: every compiled program of the pipeline is built abstractly at the recipe's
 sizes, on meshes of eight devices that share rows and weights, or heads as well."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 
 from coincide_jax import curriculum, pipeline
 from coincide_jax.core import axes, precision
-from coincide_jax.extract import activations
+from coincide_jax.extract import activations, towers
 from coincide_jax.kernels import plan
-from coincide_jax.models import generate, layers, lora, vlm
+from coincide_jax.models import generate, layers, lora, text, vision, vlm
 from coincide_jax.training import state as states
 from coincide_jax.training import steps as compiled
 from coincide_jax.training.state import Recipe, Schedule
@@ -129,6 +131,90 @@ def test_a_lora_step_in_every_bucket_and_a_round_of_the_curriculum(built):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params)) and ("skipped" in metrics) == scaled
 
 
+@pytest.mark.parametrize("name", ["coincide_plus", "progress"])
+def test_a_round_of_the_curricula_compiles(name):
+    """Rounds drawn from all records, with the arms of the recipe, beside the state of the 7B model."""
+    config, mesh = llava15.get_config(f"curriculum={name}"), axes.make_mesh(1)
+    settings, recipe = config.curriculum, Recipe.from_config(config.train, "train")
+    cfg = vlm.VLMConfig.tiny(config.model, config.dataset.image_size, config.dataset.vocab, precision.choose("float32"))
+    records = np.arange(RECORDS)
+    clusters = settings.k or config.cluster.k
+    sampler, _ = curriculum.prepare(settings, records, records % clusters, clusters)
+    arms, limit = {"coincide_plus": 500, "progress": 1000}[name], None
+    if name == "progress":
+        sampler = sampler._replace(shuffle=False)
+        limit = plan.Limit(np.int32(config.select.fraction * RECORDS), np.full(arms, 60, np.int32))
+    with jax.set_mesh(mesh):
+        params = layers.abstract_arrays(vlm.abstract(cfg), mesh)
+        adapters = layers.abstract_arrays(lora.abstract(cfg, recipe.rank, recipe.targets), mesh)
+        trained = {"lora": adapters, "projector": params["projector"]}
+        run = compiled.compile_steps(cfg, recipe, sampler)
+        state = jax.eval_shape(
+            lambda trained: states.start(trained, recipe, sampler, arms, 1 + settings.lag, settings.round_steps),
+            trained,
+        )
+        members = plan.Members(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (RECORDS, RECORDS, arms + 1)))
+        drawn = run.draw.lower(state, members, np.int32(0), np.int32(RECORDS), limit)
+        assert drawn.out_info[1].shape == (arms,) and form(drawn.out_info[0]) == form(state)
+        assert drawn.compile() is not None
+        if name == "progress":
+            learned = run.learn.lower(state.sampler, jax.ShapeDtypeStruct((clusters,), jnp.float32))
+            assert learned.compile() is not None and form(learned.out_info) == form(state.sampler)
+
+
+@pytest.mark.long
+def test_a_lora_step_compiles():
+    """Forward and backward of one micro-batch, and the optimiser's step, to programs for eight devices."""
+    mesh, recipe = axes.make_mesh(1), Recipe.from_config(CONFIG.train, "train")
+    cfg = vlm.VLMConfig.tiny(
+        CONFIG.model, CONFIG.dataset.image_size, CONFIG.dataset.vocab, precision.choose("bfloat16")
+    )
+    settings = llava15.get_config("curriculum=coincide_plus").curriculum
+    run = compiled.compile_steps(cfg, recipe, curriculum.make(settings))
+    with jax.set_mesh(mesh):
+        params = layers.abstract_arrays(vlm.abstract(cfg), mesh)
+        held = layers.abstract_arrays(vlm.abstract(cfg), mesh, cfg.precision.dtype)
+        adapters = layers.abstract_arrays(lora.abstract(cfg, recipe.rank, recipe.targets), mesh)
+        trained = {"lora": adapters, "projector": params["projector"]}
+        frozen = {top: tree for top, tree in held.items() if top != "projector"}
+        state = jax.eval_shape(
+            lambda trained: states.start(trained, recipe, curriculum.make(settings), 500, 1, settings.round_steps),
+            trained,
+        )
+        accumulator = jax.eval_shape(lambda params: compiled.empty(params, recipe.batch), state.params)
+        batch = abstract_batch(mesh, cfg, recipe.micro_batch, 768, slot=((recipe.micro_batch,), jnp.int32))
+        micro = run.micro.lower(state.params, frozen, accumulator, batch, state.key, state.step, np.int32(0))
+        assert micro.compile().memory_analysis().temp_size_in_bytes > 0
+        apply = run.apply.lower(state, accumulator, Schedule.of(recipe, 1040))
+        assert form(apply.out_info[0]) == form(state) and apply.compile() is not None
+
+
+def test_features_of_the_encoders_of_progress():
+    """DINOv2-large and all-MiniLM-L6-v2: 1,024 + 384."""
+    constants = dict(norm_eps=1e-6, mean=vlm.CLIP_MEAN, std=vlm.CLIP_STD)
+    eye = vision.VisionConfig(
+        family="dinov2", image_size=518, patch=14, width=1024, depth=24, heads=16, mlp=4096, activation="gelu",
+        class_token=True, registers=0, pre_norm=False, closing_norm=True, layer_scale=True, patch_bias=True,
+        gated_mlp=False, **constants,
+    )  # fmt: skip
+    words = text.TextConfig(
+        family="bert", vocab=30522, width=384, depth=6, heads=12, mlp=1536, positions=512, types=2, activation="gelu",
+        norm_eps=1e-12, eos_id=0, projection=0,
+    )  # fmt: skip
+    mesh = axes.make_mesh(1)
+    size = llava15.get_config("curriculum=progress").extract.encoder_size
+    cfg = towers.Towers(dataclasses.replace(eye, image_size=size), words, precision.choose("float32"), False)
+    with jax.set_mesh(mesh):
+        params = {"vision": layers.abstract_arrays(vision.abstract(eye), mesh),
+                  "text": layers.abstract_arrays(text.abstract(words), mesh)}  # fmt: skip
+        sharding = axes.batch_sharding(mesh)
+        kinds = {"images": ((64, size, size, 3), jnp.uint8), "tokens": ((64, 128), jnp.int32),
+                 "lengths": ((64,), jnp.int32), "image_start": ((64,), jnp.int32)}  # fmt: skip
+        batch = {key: jax.ShapeDtypeStruct(*kind, sharding=sharding) for key, kind in kinds.items()}
+        found = jax.eval_shape(lambda params, batch: towers.tower_features(params, batch, cfg), params, batch)
+    assert found["features"].shape == (64, 1408) and found["features"].dtype == jnp.float16
+
+
 def test_answers(built):
     mesh, cfg, params = built
     rows, longest = CONFIG.evaluate.rows, CONFIG.dataset.buckets[-1]
@@ -144,5 +230,12 @@ def test_answers(built):
 def test_every_stage_is_in_the_run():
     """Base and reference are brought along; every other stage finds its keys."""
     run = [stage.name for stage in pipeline.STAGES if pipeline.needed(CONFIG, stage.name)]
-    assert run == [name for name in pipeline.NAMES if name not in ("base", "reference")]
+    assert run == [name for name in pipeline.NAMES if name not in ("base", "reference", *pipeline.WARMUP)]
     pipeline.check(CONFIG)
+
+
+def test_progress_takes_no_reference_and_no_coreset():
+    config = llava15.get_config("curriculum=progress")
+    run = [stage.name for stage in pipeline.STAGES if pipeline.needed(config, stage.name)]
+    assert run == [name for name in pipeline.NAMES if name not in ("base", "reference", "select")]
+    pipeline.check(config)

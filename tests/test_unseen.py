@@ -19,7 +19,8 @@ from configs import common
 
 STAGES = {stage.name: stage for stage in pipeline.STAGES}
 # one of each file of curriculum/: those of a file are handed the same
-SAMPLERS = ("uniform", "easy_to_hard", "coincide_plus", "exp3_ix", "tsallis_inf", "odm", "progress", "skill_it")
+SAMPLERS = ("uniform", "easy_to_hard", "coincide_plus", "exp3_ix", "tsallis_inf", "odm", "progress")
+OF_TASKS = ("skill_it",)  # whose arms are tasks
 MADE = ("tokenizer", "base", "reference", "features", "centroids", "assignment", "selection")
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
 FORBIDDEN = ("task", "concept", "skill", "source", "origin", "id")
@@ -120,7 +121,7 @@ def make_all(config, folder: pathlib.Path, dataset: pathlib.Path, samplers=("coi
         "selection": (select / "indices.npy").read_bytes(),
     }
     for sampler in samplers:
-        config.curriculum.update(name=sampler, pool="coreset" if sampler == "static" else "all")
+        config.curriculum.update(name=sampler, pool="coreset" if sampler == "static" else "all", warmup=0.0)
         inputs = {"dataset": dataset, "base": base, "cluster": cluster, "select": select}
         train, of_target = make(config, "train", folder / sampler, **inputs)
         steps = artifacts.read_jsonl(train / "metrics.jsonl")
@@ -192,6 +193,7 @@ def test_labels_ids_and_paths_change_nothing(made, what):
 
 
 def test_every_file_of_samplers_is_tried():
-    assert {curriculum.SAMPLERS[name].__module__ for name in SAMPLERS} == {
+    assert curriculum.OF_TASKS == OF_TASKS
+    assert {curriculum.SAMPLERS[name].__module__ for name in SAMPLERS + OF_TASKS} == {
         sampler.__module__ for sampler in curriculum.SAMPLERS.values()
     }

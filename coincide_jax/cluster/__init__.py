@@ -17,6 +17,7 @@ from coincide_jax.kernels import kmeans
 
 STAGE_VERSION = 2
 KEYS = ("cluster", "extract.features")
+WARMUP_KEYS = (*KEYS, "curriculum.warmup_k")
 
 
 def check(config) -> None:
@@ -96,6 +97,13 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         "within_cosine": quality["within_cosine"]["overall"],
         "between_centroids": quality["between_centroids"],
     }
+
+
+def run_warmup(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
+    """The stage 'cluster/warmup': the same features in `curriculum.warmup_k` clusters, for PROGRESS to begin with."""
+    one = config.copy_and_resolve_references().unlock()
+    one.cluster.update(k=config.curriculum.warmup_k, centroids="", assignment="")
+    return run(one.lock(), inputs, out, mesh)
 
 
 def _valid(inputs: dict[str, pathlib.Path], path: pathlib.Path, total: int) -> np.ndarray:

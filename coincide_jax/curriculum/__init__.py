@@ -35,6 +35,8 @@ SAMPLERS = {
 }
 ONE_ARM = ("uniform", "static")  # the records are one arm; clusters are not read
 OFFLINE = ("uniform", "proportional", "static", "easy_to_hard", "hard_to_easy")  # nothing to rehearse for
+OF_TASKS = ("skill_it",)  # the arms are tasks
+ASKS = ("progress",)  # answers are asked for when a record is drawn, within a budget
 READS_POOL = ("proportional", "easy_to_hard", "hard_to_easy", "progress", "skill_it")  # others are the same for any
 
 
@@ -66,7 +68,7 @@ def make(settings, facts: Pool | None = None) -> Sampler:
             f"curriculum.probe is {keys.probe}, but '{keys.name}' measures nothing; set it to 0, or "
             "curriculum.rehearsal above 0"
         )
-    if facts is not None and keys.probe > min(facts.sizes):
+    if facts is not None and keys.probe_from == "heldout" and keys.probe > min(facts.sizes):
         least = int(np.argmin(facts.sizes))
         raise UserError(
             f"curriculum.probe is {keys.probe} records an arm, but arm {least} has {facts.sizes[least]}; "

@@ -24,6 +24,7 @@ CHOICES = {
     "difficulty": ("", "nll", "el2n"),
     "reward": ("", "absolute", "relative"),
     "objective": ("loss", "accuracy"),
+    "probe_from": ("heldout", "seen"),
 }
 RANGES = {  # key: least, most
     "gamma": (0.0, 1.0),
@@ -63,6 +64,7 @@ class Settings:
     positive_only: bool
     objective: str
     probe: int
+    probe_from: str
     rehearsal: float
     visits: int
     window: int
@@ -108,6 +110,11 @@ class Settings:
             raise UserError(
                 "curriculum.objective is 'accuracy' but curriculum.probe is 0; training losses say nothing of "
                 "accuracy, set a number of records an arm"
+            )
+        if self.probe_from == "seen" and self.name != "progress":
+            raise UserError(
+                f"curriculum.probe_from is 'seen', but curriculum.name is '{self.name}'; only 'progress' keeps a list "
+                "of what it has seen, expected 'heldout'"
             )
         if self.objective == "accuracy" and self.name == "skill_it":
             raise UserError("curriculum.name 'skill_it' goes by evaluation losses; set curriculum.objective=loss")

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from coincide_jax.core import artifacts
-from coincide_jax.core.errors import UserError
+from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
-from coincide_jax.dataset import batches, conversation, drawn, images, questions, source
+from coincide_jax.dataset import annotate, batches, conversation, drawn, images, questions, source
 from coincide_jax.dataset import split as splitting
 from coincide_jax.dataset import tokenizer as tokenizers
 
@@ -31,6 +31,7 @@ KEYS = (
     "dataset.seed",
     "dataset.system",
     "dataset.vocab",
+    "dataset.tokenizer_text",
     "dataset.threads",
     "dataset.drawn",
     "target.path",
@@ -46,6 +47,7 @@ READING = (  # the keys that `Dataset.of_model` reads
 )
 TOKEN_CACHE_BYTES = 256 << 20
 REASONS_SHOWN = 3
+TEXTS = ("all", "questions")
 
 
 class Dataset:
@@ -68,6 +70,7 @@ class Dataset:
         self.eos_id, self.pad_id, self.vocab_size = self.template.eos_id, 0, tokenizer.vocab_size
         self._sequences, self._pixels = images.Cache(TOKEN_CACHE_BYTES), images.Cache(settings.cache_mib << 20)
         self._told: set[int] = set()
+        self._turns: Callable = lambda record: record.turns
 
     @classmethod
     def open(
@@ -131,12 +134,22 @@ class Dataset:
             )
         return data
 
+    def withhold(self, turns: Callable[[source.Record], tuple] | None = None) -> None:
+        """Forgets every answer; sequences are then of questions alone, or of what `turns(record)` says
+        (`annotate.Annotator.turns`).
+
+        So a record's bucket depends on image and question until it is trained on. There it is chosen when the record
+        is read, which is after its answer was asked for; nothing before that looks at it.
+        """
+        self.records = annotate.without_answers(self.records)
+        self._turns, self._sequences = turns or self._turns, images.Cache(TOKEN_CACHE_BYTES)
+
     def encode(self, index: int) -> conversation.Encoded:
         """The training sequence of a valid record."""
         record = self.records[index]
 
         def make() -> conversation.Encoded:
-            return self.template.encode(record.turns, record.image is not None)
+            return self.template.encode(self._turns(record), record.image is not None)
 
         return self._sequences.get(index, make, lambda encoded: 6 * len(encoded.tokens) + 600)
 
@@ -190,6 +203,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     """
     del inputs, mesh
     keys = config.dataset
+    if keys.tokenizer_text not in TEXTS:
+        raise unknown("dataset.tokenizer_text", keys.tokenizer_text, TEXTS)
     asked_folder = pathlib.Path(config.evaluate.questions).absolute() if config.evaluate.questions else None
     records_path, images_folder, base_path = pathlib.Path(keys.records), pathlib.Path(keys.images), keys.base_records
     if keys.records == "drawn":
@@ -230,7 +245,9 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         questions.write_folder(asked_folder, rows)
         asked = len(rows), set()
     questions.write_folder(out / "dev", questions.heldout_questions([records[index] for index in parts["dev"]]))
-    texts = [records[index] for index in parts["pool"]] + [base_records[index] for index in parts["base"]]
+    of_pool = [records[index] for index in parts["pool"]]
+    of_pool = annotate.without_answers(of_pool) if keys.tokenizer_text == "questions" else of_pool
+    texts = of_pool + [base_records[index] for index in parts["base"]]
     vocab = _tokenizer(config.target.path, texts, keys, out / "tokenizer.json")
     artifacts.write_jsonl(out / "quarantine.jsonl", quarantine)
     split = {

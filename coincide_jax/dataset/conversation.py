@@ -44,12 +44,12 @@ def question_piece(question: str, first: bool, has_image: bool) -> str:
     return f"\n{question} ASSISTANT:" if has_image else f" {question} ASSISTANT:"
 
 
-def answer_piece(answer: str) -> str:
-    """An answer; the blank after "ASSISTANT:" belongs to it."""
-    return f" {answer}"
+def answer_piece(answer: str | None) -> str | None:
+    """An answer; the blank after "ASSISTANT:" belongs to it. None: one that nobody has asked for."""
+    return None if answer is None else f" {answer}"
 
 
-def pieces(turns: tuple[tuple[str, str], ...], has_image: bool) -> list[tuple[str, str]]:
+def pieces(turns: tuple[tuple[str, str | None], ...], has_image: bool) -> list[tuple[str, str | None]]:
     """(question piece, answer piece) of every turn."""
     return [
         (question_piece(question, turn == 0, has_image), answer_piece(answer))
@@ -57,9 +57,10 @@ def pieces(turns: tuple[tuple[str, str], ...], has_image: bool) -> list[tuple[st
     ]
 
 
-def render(turns: tuple[tuple[str, str], ...], has_image: bool, system: str) -> list[str]:
+def render(turns: tuple[tuple[str, str | None], ...], has_image: bool, system: str) -> list[str]:
     """The pieces of a conversation as text, without image and terminators: what a tokenizer is trained on."""
-    return [header(system, has_image)] + [text for pair in pieces(turns, has_image) for text in pair]
+    said = [text for pair in pieces(turns, has_image) for text in pair if text is not None]
+    return [header(system, has_image), *said]
 
 
 class Template:
@@ -89,14 +90,15 @@ class Template:
                 f"raise it or shorten dataset.system"
             )
 
-    def encode(self, turns: tuple[tuple[str, str], ...], has_image: bool) -> Encoded:
-        """A training sequence, cut at the maximal length (image counted)."""
+    def encode(self, turns: tuple[tuple[str, str | None], ...], has_image: bool) -> Encoded:
+        """A training sequence, cut at the maximal length (image counted). Where an answer is None the next question
+        follows at once."""
         tokens, image_start, begin = self._opening(has_image)
         labels = [False] * len(tokens)
         for turn, (question, answer) in enumerate(pieces(turns, has_image)):
             # only what follows the image begins a text: LLaVA tokenises the string before and after it
             asked = self.tokenizer.encode(question, continued=turn > 0 or not has_image)
-            said = [*self.tokenizer.encode(answer, continued=True), self.eos_id]
+            said = [] if answer is None else [*self.tokenizer.encode(answer, continued=True), self.eos_id]
             tokens += asked + said
             labels += [False] * len(asked) + [True] * len(said)
         return self._finish(tokens, image_start, labels, begin)

@@ -49,12 +49,13 @@ DETAIL_WORDS = ("describe", "description", "elaborate", "what do you see", "anal
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One valid record. `index` is its row in the data set file; `turns` are (question without `<image>`, answer)."""
+    """One valid record. `index` is its row in the data set file; `turns` are (question without `<image>`, answer), the
+    answers None in a view without them (`annotate.without_answers`)."""
 
     index: int
     id: str
     image: str | None
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[tuple[str, str | None], ...]
     task: str
     raw: dict
 

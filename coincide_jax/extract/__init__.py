@@ -10,6 +10,9 @@ CLIP alone can be the reference as well (`reference.path` names its folder; the 
 feature is then its image embedding and the text embedding of questions and answers, both of unit length, side by side,
 divided by sqrt(2); a text-only record has a zero image half and is scaled back in the same way.
 
+With `extract.reads=questions` no answer is read: features are those of `towers.py`, or, where `reference.path` names a
+model, its activations on questions alone.
+
 Rows go to disk shard by shard (`SHARD_ROWS` consecutive records), each shard with its list of finished rows, so a
 killed run goes on at the first unfinished shard. Every device always runs `rows_per_device` rows of one length bucket,
 which makes features bitwise independent of the number of devices.
@@ -27,15 +30,28 @@ from coincide_jax.core import store as stores
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import READING, Dataset, batches, source
-from coincide_jax.extract.activations import check, choose_taps, features
+from coincide_jax.extract import activations, towers
+from coincide_jax.extract.activations import choose_taps, features
 from coincide_jax.extract.pairs import joint_features, open_pairs
+from coincide_jax.extract.towers import open_towers
 from coincide_jax.models import clip, hf, vlm
 
 __all__ = ["KEYS", "STAGE_VERSION", "check", "run"]
 
 STAGE_VERSION = 1
 JOINT = ("joint",)  # what stands for the layers when CLIP is the reference: one pair of halves
-KEYS = ("extract", "reference.path", *READING, "device.precision")
+TOWERS = ("towers",)  # likewise, of two encoders
+KEYS = ("extract", "reference.path", "target.path", *READING, "device.precision")
+
+
+def check(config) -> None:
+    """Finds what a config can get wrong about features, before anything runs.
+
+    Raises:
+      UserError: as of `activations.check` and `towers.check`.
+    """
+    activations.check(config)
+    towers.check(config)
 
 
 def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
@@ -43,15 +59,21 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
 
     Raises:
       UserError: a tap outside the decoder, a reference folder that cannot be read, given features of another number
-      of records.
+      of records, what `check` raises.
     """
+    check(config)
     split = artifacts.read_json(inputs["dataset"] / "split.json")
     if config.extract.features:
         return take_given(config.extract, split, inputs["dataset"], out)
-    folder = Path(config.reference.path) if config.reference.path else inputs["reference"]
     names, precision = ("nll", "el2n", "aum") if config.extract.scores else (), config.device.precision
-    cfg, _ = hf.describe(folder, precision)
-    if isinstance(cfg, clip.CLIPConfig):
+    blind, cfg = config.extract.reads == "questions", None
+    if config.reference.path or not blind:
+        folder = Path(config.reference.path) if config.reference.path else inputs["reference"]
+        cfg, _ = hf.describe(folder, precision)
+    if cfg is None:
+        base = Path(config.target.path) if config.target.path else inputs.get("base")
+        (data, compute, width, told), taps = open_towers(split, base, config, mesh), TOWERS
+    elif isinstance(cfg, clip.CLIPConfig):
         params, cfg, card = hf.load(folder, mesh, precision, storage="compute")
         data, taps, width = open_pairs(split, folder, card, cfg, config), JOINT, 2 * cfg.text.projection
         compute = functools.partial(joint_features, params, cfg=cfg)
@@ -67,9 +89,13 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
         shown = {"tap_from": config.extract.tap_from, "squash": config.extract.squash}
         compute = functools.partial(features, params, cfg=cfg, taps=taps, scores=bool(names), **shown)
         told = f"{config.extract.tap_from} of decoder layers {list(taps)} of {depth}"
-        tell_cuts(data, split["pool"])
+        if not blind:
+            tell_cuts(data, split["pool"])
     else:
         raise UserError(f"reference.path: {folder} holds neither a vision-language model nor CLIP")
+    if blind:
+        data.withhold()
+        told += " · questions alone"
     say("extract", f"{len(split['pool'])} records · {told} · D = {width}")
     store = stores.create(out / "features.zarr", split["n"], width)
     pool_rows = np.asarray(split["pool"], np.int64)

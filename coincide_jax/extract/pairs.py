@@ -41,7 +41,7 @@ class Captions:
 
     def encode(self, turns: tuple[tuple[str, str], ...], has_image: bool) -> Encoded:
         """The text of a record; `image_start` is 0 if there is an image, which takes no position here."""
-        ids = self.tokenizer.encode(" ".join(part for turn in turns for part in turn))
+        ids = self.tokenizer.encode(" ".join(part for turn in turns for part in turn if part is not None))
         ids = np.asarray([self.start, *ids[: self.positions - 2], self.eos_id], np.int32)
         inside = np.ones(len(ids), bool)
         return Encoded(ids, 0 if has_image else -1, inside, inside)
@@ -59,7 +59,8 @@ def open_pairs(split: dict, folder: Path, card: dict, cfg: clip.CLIPConfig, conf
     settings.update(max_length=positions, buckets=(positions,))
     texts = functools.partial(Captions, positions=positions)
     data = Dataset.of_model(split, folder, card, 0, settings, template=texts, frame="crop")
-    cut = int((data.lengths(split["pool"]) >= positions).sum())
+    # lengths of questions alone are not known here, and those of answers may not be looked at
+    cut = int((data.lengths(split["pool"]) >= positions).sum()) if config.extract.reads == "all" else 0
     if cut:
         say("extract", f"{cut} records have {positions} tokens or more and are cut there")
     return data

@@ -2,7 +2,8 @@
 
 Records of an arm come without repeats, in an order permuted anew each epoch (or in a given one); an arm that runs out
 in mid-round is masked from then on; when all arms have run out the next epoch begins. A sampler with a memory also
-replays records that were taken before, which uses up nothing.
+replays records that were taken before, which uses up nothing. A `Limit` ends the first epoch when so many records have
+been taken, every later one is over those, and lets a part of each arm come before all else.
 """
 
 from collections.abc import Callable
@@ -35,10 +36,24 @@ class Plan(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far the records are used up. cursor: int32[K], records of each arm taken in this epoch; epoch: int32[]."""
+    """How far the records are used up. cursor: int32[K], records of each arm taken in this epoch; epoch: int32[];
+    kept: int32[K], records of each arm that the first epoch took and later ones hold, 0 until it has ended."""
 
     cursor: jax.Array
     epoch: jax.Array
+    kept: jax.Array
+
+
+class Limit(NamedTuple):
+    """What may be taken of the members, and what first. It holds for records in a given order (`shuffle=False`), since
+    another order would begin with other records.
+
+    fresh: int32[], ≥ 1, different records in the whole run; first: int32[K], so many of each arm are taken before any
+    other record, in the first epoch.
+    """
+
+    fresh: jax.Array
+    first: jax.Array
 
 
 def members(records: np.ndarray, arm: np.ndarray, arms: int, rank: np.ndarray | None = None) -> Members:
@@ -60,7 +75,17 @@ def members(records: np.ndarray, arm: np.ndarray, arms: int, rank: np.ndarray | 
 
 def start(arms: int) -> Position:
     """Nothing used yet."""
-    return Position(jnp.zeros(arms, jnp.int32), jnp.zeros((), jnp.int32))
+    return Position(jnp.zeros(arms, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(arms, jnp.int32))
+
+
+def bound(member: Members, position: Position, limit: Limit | None = None) -> jax.Array:
+    """Up to where each arm may be taken now, int32[K]: to the end of its first part as long as one of them is left,
+    then to what the epoch holds. An arm is alive if its cursor is below."""
+    late = position.epoch > 0
+    whole = jnp.where(late, position.kept, member.offsets[1:] - member.offsets[:-1])
+    if limit is None:
+        return whole
+    return jnp.where(late | (position.cursor >= limit.first).all(), whole, limit.first)
 
 
 def draw_plan(
@@ -77,6 +102,7 @@ def draw_plan(
     shuffle: bool = True,
     replay: Callable[[jax.Array], jax.Array] | None = None,
     due: jax.Array | None = None,
+    limit: Limit | None = None,
 ) -> tuple[Plan, Position]:
     """Draws a round of `steps` × `batch` records, one after another.
 
@@ -86,6 +112,7 @@ def draw_plan(
       first: int32[], slots drawn before this round; the uniform numbers of slot i depend on the key and on i alone.
       total: slots of the whole run; those beyond it stay empty.
       per_step, shuffle, replay, due: as in `bandits.Sampler`, at its state of now (`bandits.ways`).
+      limit: None = every record may be taken, none comes first.
 
     Returns:
       The plan, and the position after it.
@@ -99,8 +126,7 @@ def draw_plan(
     chance = jax.vmap(lambda slot: jax.random.uniform(jax.random.fold_in(draw_key, slot)))(slots)
     recall = jax.vmap(lambda slot: jax.random.uniform(jax.random.fold_in(memory_key, slot), 3))(slots)
 
-    def fresh(cursor):
-        alive = cursor < sizes
+    def chances(alive):
         p = jnp.where(alive, probabilities(alive), 0.0)
         return p, bandits.edges(p)
 
@@ -108,10 +134,12 @@ def draw_plan(
         slot, number, u, again = drawn
         full, over = slot < total, carry.left == 0
         cursor = jnp.where(over, 0, carry.cursor)
+        kept = jnp.where(over & (carry.epoch == 0), carry.cursor, carry.kept)
         epoch = carry.epoch + over.astype(jnp.int32)
+        whole, now = jnp.where(epoch > 0, kept, sizes), bound(member, Position(cursor, epoch, kept), limit)
+        alive, held = cursor < now, jnp.where(epoch > 0, whole, cursor)
         # p changes only when an arm runs out or an epoch begins, and may cost far more than a draw from it.
-        p, edge = jax.lax.cond(over | carry.stale, fresh, lambda _: (carry.p, carry.edge), cursor)
-        alive, held = cursor < sizes, jnp.where(epoch > 0, sizes, cursor)
+        p, edge = jax.lax.cond(over | carry.stale, chances, lambda _: (carry.p, carry.edge), alive)
         arm = bandits.pick(edge, u)
         weight, replayed, due = 1.0 / jnp.maximum(p[arm], 1e-12), jnp.zeros((), bool), carry.due
         if replay is not None:
@@ -134,20 +162,23 @@ def draw_plan(
         if due is not None:
             due = due.at[arm].min(jnp.where(full, 0.0, jnp.inf))
         back = cursor[arm] - 1 - (again[2] * held[arm].astype(jnp.float32)).astype(jnp.int32)
-        taken = jnp.where(replayed, back % jnp.maximum(sizes[arm], 1), cursor[arm])
+        taken = jnp.where(replayed, back % jnp.maximum(whole[arm], 1), cursor[arm])
         row = (jnp.where(full, arm, -1), taken, epoch, jnp.where(full, weight, 0.0))
         used = (full & ~replayed).astype(jnp.int32)
-        left = jnp.where(over, sizes.sum(), carry.left) - used
+        left = jnp.where(over, whole.sum(), carry.left) - used
         cursor = cursor.at[arm].add(used)
-        after = _Carry(cursor, epoch, left, cursor[arm] >= sizes[arm], p, edge, arm, weight, replayed, due)
+        after = _Carry(cursor, epoch, kept, left, cursor[arm] >= now[arm], p, edge, arm, weight, replayed, due)
         # An empty slot uses up nothing, not even an epoch.
         return jax.tree.map(lambda new, old: jnp.where(full, new, old), after, carry), row
 
-    cursor, epoch = position
+    cursor, epoch, kept = position
+    left = bound(member, position).sum()
+    left = left if limit is None else jnp.where(epoch > 0, left, jnp.minimum(left, limit.fresh))
+    p, edge = chances(cursor < bound(member, position, limit))
     nothing = jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros((), bool)
-    begin = _Carry(cursor, epoch, (sizes - cursor).sum(), jnp.zeros((), bool), *fresh(cursor), *nothing, due)
+    begin = _Carry(cursor, epoch, kept, left - cursor.sum(), jnp.zeros((), bool), p, edge, *nothing, due)
     end, (arms, taken, epochs, weight) = jax.lax.scan(one, begin, (slots, number, chance, recall))
-    last = Position(end.cursor, end.epoch)
+    last = Position(end.cursor, end.epoch, end.kept)
 
     # One permutation an epoch, and nearly always one or two epochs a round: looked up after the scan, not in it.
     def of_epoch(carry):
@@ -171,6 +202,7 @@ class _Carry(NamedTuple):
 
     cursor: jax.Array
     epoch: jax.Array
+    kept: jax.Array
     left: jax.Array
     stale: jax.Array
     p: jax.Array

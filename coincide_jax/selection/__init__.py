@@ -14,10 +14,21 @@ from coincide_jax.dataset import source
 from coincide_jax.selection import coincide, random
 from coincide_jax.selection.view import Selection, SelectionView, reader
 
-__all__ = ["KEYS", "SELECTORS", "STAGE_VERSION", "Selection", "SelectionView", "check", "run"]
+__all__ = [
+    "KEYS",
+    "SELECTORS",
+    "STAGE_VERSION",
+    "WARMUP_KEYS",
+    "Selection",
+    "SelectionView",
+    "check",
+    "run",
+    "run_warmup",
+]
 
 STAGE_VERSION = 2
 KEYS = ("select", "extract.features", "extract.num_layers")
+WARMUP_KEYS = (*KEYS, "curriculum.warmup")
 SELECTORS = {
     "coincide": coincide.select,
     "random": random.select,
@@ -98,6 +109,16 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     artifacts.write_npy(out / "indices.npy", chosen.indices)
     _tell(keys.name, summary, int(np.sum(valid)))
     return summary | (chosen.summary or {})
+
+
+def run_warmup(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
+    """The stage 'select/warmup': COINCIDE's picks of `curriculum.warmup` of the pool from the clusters of
+    'cluster/warmup', by whole centroids, since the features are of no layers."""
+    one = config.copy_and_resolve_references().unlock()
+    one.select.update(name="coincide", fraction=config.curriculum.warmup, transfer_part="all")
+    picked = run(one.lock(), inputs | {"cluster": inputs["cluster/warmup"]}, out, mesh)
+    (out / "coreset.json").unlink()  # it holds answers, which nobody has asked for yet
+    return picked
 
 
 def _budget(fraction: float, valid: int, match: pathlib.Path | None) -> int:

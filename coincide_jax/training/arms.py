@@ -3,7 +3,8 @@
 `arms.jsonl` has a line where a round begins and one at the end of the run: `step`, steps done until then; `losses` [K],
 mean training loss (nats a token) of each arm's slots since the line before, replays included, null where it had none;
 `probe` [K], what the sampler's probe measured; `watch`, of the watched records [n]: `nll`, and `exact`, 1 where greedy
-decoding would say the answer; `seconds` that probe and watch took, apart from the steps.
+decoding would say the answer; of probe and watch, the number of records `measured` and the `seconds` it took, apart
+from the steps.
 """
 
 import pathlib
@@ -51,23 +52,25 @@ class ArmLog:
         Returns:
           What the probe measured, f32[K].
         """
-        line, seconds, found, begin = {}, {}, None, time.monotonic()
+        line, measured, seconds, found, begin = {}, {}, {}, None, time.monotonic()
         if self.count.any():
             means = self.total / np.maximum(self.count, 1)
             line["losses"] = _numbers(np.where(self.count > 0, means, np.nan))
             self.total[:], self.count[:] = 0.0, 0
         if exact is not None:
-            found = probe.measure(judge(exact), self.dataset, self.probed, **self.reading)
-            line["probe"], seconds["probe"] = _numbers(found), round(time.monotonic() - begin, 4)
+            chosen = self.probed(step) if callable(self.probed) else self.probed
+            found = probe.measure(judge(exact), self.dataset, chosen, **self.reading)
+            line["probe"], measured["probe"] = _numbers(found), int(np.sum(chosen >= 0))
+            seconds["probe"] = round(time.monotonic() - begin, 4)
         if len(self.watched):
             begin = time.monotonic()
             line["watch"] = {
                 name: _numbers(probe.values(judge(name == "exact"), self.dataset, self.watched, **self.reading))
                 for name in ("nll", "exact")
             }
-            seconds["watch"] = round(time.monotonic() - begin, 4)
+            measured["watch"], seconds["watch"] = len(self.watched), round(time.monotonic() - begin, 4)
         if line and self.lines:
-            self.lines.write(step=step, **line, seconds=seconds)
+            self.lines.write(step=step, **line, measured=measured, seconds=seconds)
         return found
 
     def close(self) -> None:

@@ -87,6 +87,7 @@ def fit(
     stop: Termination,
     exact: bool = False,
     at_end: Callable[[dict], None] | None = None,
+    ask: Callable[[np.ndarray, int], None] | None = None,
 ) -> tuple[dict, dict]:
     """Trains a model. The same call on the same folder goes on where a killed one stopped, with the same numbers.
 
@@ -94,8 +95,9 @@ def fit(
       name: key of the recipe, for screen and messages (base, reference.train, train).
       params: whole tree of the start; stays as it is.
       members: records int[N] and arm int[N] (which of `arms` each belongs to); rank real[N], the order within an arm of
-        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures; watched
-        int[n], records that are measured for the report alone.
+        a sampler that does not shuffle; probed int[arms, P], records that a sampler with a probe measures, or a
+        function step → int[arms, P] (-1: none) of them; watched int[n], records that are measured for the report alone;
+        limit, a `plan.Limit` of what is drawn.
       sampler: init, probabilities, update.
       exact: whether a probe measures exact answers instead of losses.
       total_records: records of one epoch of this run; the recipe's epochs or steps make the length of it.
@@ -103,6 +105,8 @@ def fit(
       lag: 0 draws a round after the last update, 1 a round earlier, so that reading overlaps.
       out: gets checkpoints/, metrics.jsonl, curriculum.jsonl, arms.jsonl, run.json.
       at_end: is handed the trained tree before LoRA is merged.
+      ask: is handed the records int[S, B] of every round that was drawn (-1: empty) and the number of its first step,
+        before any of them is read.
 
     Returns:
       The trained whole tree (LoRA merged) and summary numbers.
@@ -119,6 +123,7 @@ def fit(
     steps, slots = recipe.length(total_records)
     arms = members["arms"]
     table = plan.members(members["records"], members["arm"], arms, members.get("rank"))
+    limit = members.get("limit")
     _claim(
         out,
         {
@@ -175,9 +180,11 @@ def fit(
                     values = jax.device_put(values, jax.NamedSharding(mesh, jax.P()))
                     state = state.replace(sampler=run.learn(state.sampler, values))
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
-                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots))
+                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots), limit)
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
             records, arms_of = jax.device_get((state.plan.records, state.plan.arms[0]))
+            for later, rows in enumerate(records if ask else ()):
+                ask(rows, (number + later) * round_steps)
             with log.wait():
                 reader = ahead.result() if ahead else _reader(dataset, records[0], first, recipe, threads, share)
             more = lag and (number + 1) * round_steps < steps
@@ -201,7 +208,7 @@ def fit(
                     raise SystemExit(STOPPED)
             log.flush(name)
         log.arms.write(step, judge, None)
-    summary = _summary(out, state, len(members["records"])) | {"attention": attention, "peak": [peak, origin]}
+    summary = _summary(out, state) | {"attention": attention, "peak": [peak, origin]}
     say(
         name,
         f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
@@ -225,8 +232,8 @@ def _round(state: states.TrainState, p: jax.Array) -> dict:
     }
 
 
-def _summary(out: pathlib.Path, state: states.TrainState, total: int) -> dict:
-    lines = artifacts.read_jsonl(out / "metrics.jsonl")
+def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
+    lines, position = artifacts.read_jsonl(out / "metrics.jsonl"), state.position
     tenth = max(len(lines) // 10, 1)
     seconds = np.asarray([line["seconds"] for line in lines])
     waited = float(np.sum(seconds * [line["data_wait"] for line in lines]) / max(seconds.sum(), 1e-9))
@@ -237,8 +244,8 @@ def _summary(out: pathlib.Path, state: states.TrainState, total: int) -> dict:
         "tokens": sum(line["tokens"] for line in lines),
         "loss_first": float(np.mean([line["loss"] for line in lines[:tenth]])),
         "loss": float(np.mean([line["loss"] for line in lines[-tenth:]])),
-        "epochs": int(state.position.epoch),
-        "distinct": total if int(state.position.epoch) else int(jax.device_get(state.position.cursor).sum()),
+        "epochs": int(position.epoch),
+        "distinct": int(jax.device_get(position.kept if int(position.epoch) else position.cursor).sum()),
         # medians over the steps: the first ones hold the compilation
         "tokens_per_second": float(np.median([line["tokens_per_second"] for line in lines])),
         "mfu": float(np.median([line["mfu"] for line in lines])),

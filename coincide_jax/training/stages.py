@@ -3,7 +3,7 @@
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ import numpy as np
 from coincide_jax.core import artifacts, checkpoint, precision
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
-from coincide_jax.dataset import READING, Dataset
+from coincide_jax.dataset import READING, Dataset, annotate, source
 from coincide_jax.kernels import bandits, kmeans
 from coincide_jax.models import hf, layers
 from coincide_jax.models.vlm import VLMConfig, abstract
-from coincide_jax.training import probe
+from coincide_jax.training import asking, skills
+from coincide_jax.training.asking import Draw, Kinds
 from coincide_jax.training.loop import Termination, fit
 from coincide_jax.training.state import Recipe
 
@@ -78,48 +79,66 @@ def run_reference(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, me
     return summary | {"fingerprint": checkpoint.fingerprint(params), "parameters": _size(params)}
 
 
-def run(
-    config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, prepare: Callable, one_arm: Sequence[str]
-) -> dict:
+def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, prepare: Callable, kinds: Kinds) -> dict:
     """The stage 'train': the target, tuned on a coreset or on the pool in the order that a sampler draws.
 
     Args:
       inputs: 'dataset', 'base' (unless target.path), 'select' for a coreset, 'cluster' for an online sampler; 'match',
         a select folder whose number of records an online sampler over the pool is to see as well.
-        'extract', whose scores.parquet says how difficult records are, if `curriculum.difficulty` names a column of it.
-      prepare: (config.curriculum, records, arm, arms, difficulty) → (sampler, rank within an arm or None).
-      one_arm: samplers whose records are one arm, whatever cluster they are in.
+        'extract', whose scores.parquet says how difficult records are, if `curriculum.difficulty` names a column of it;
+        'select/warmup', whose indices.npy are the warm-up of a sampler that asks for answers.
+      prepare: (config.curriculum, records, arm, arms, difficulty, graph) → (sampler, rank within an arm or None).
 
     Raises:
-      UserError: an unknown pool or sampler, more arms than clusters, records outside the clusters.
+      UserError: an unknown pool or sampler, more arms than clusters, records outside the clusters, a budget below one
+        batch or below the warm-up.
     """
     split = artifacts.read_json(inputs["dataset"] / "split.json")
-    settings = config.curriculum
-    records, total = _records(config, inputs, split)
-    arm, arms = np.zeros(len(records), np.int64), 1
-    if settings.name not in one_arm:
-        arm, arms = _arms(records, config, inputs, out)
-        if lost := int((arm < 0).sum()):
-            say("train", f"{lost} records of the pool are in no cluster and cannot be drawn")
-            records, arm = records[arm >= 0], arm[arm >= 0]
-    sampler, rank = prepare(settings, records, arm, arms, _difficulty(records, settings, inputs))
-    members = {"records": records, "arm": arm, "arms": arms, "rank": rank}
-    if sampler.probe:
-        members["probed"] = probe.choose(records, arm, arms, settings.probe, config.train.seed)
-    if settings.watch:
-        members["watched"] = _watched(np.asarray(split["dev"], np.int64), settings.watch)
-        artifacts.write_npy(out / "watched.npy", members["watched"])
-    if settings.visits and arms > settings.round_steps * config.train.batch:
+    settings, seed = config.curriculum, config.train.seed
+    asks, of_tasks = settings.name in kinds.asks, settings.name in kinds.of_tasks
+    draw, names = _draw(config, inputs, split, out, kinds)
+    difficulty = _difficulty(draw.records, settings, inputs)
+    if asks:
+        asking.begin(draw, settings, inputs, seed)
+    given = draw.records, draw.arm, draw.arms, difficulty
+    sampler, rank = prepare(settings, *given)
+    if asks:  # the order of `begin` stays through all epochs
+        sampler, rank = sampler._replace(shuffle=False), draw.rank
+    draw.rank, budget = rank, draw.total
+    if sampler.probe and settings.probe_from == "heldout":
+        asking.hold_out(draw, settings.probe, seed)
+    if asks or of_tasks:
+        asking.check_budget(draw, config.train.batch)
+    if settings.visits and draw.arms > settings.round_steps * config.train.batch:
         raise UserError(
             f"curriculum.visits promises every arm a visit, but a round of {settings.round_steps} steps has room for "
-            f"{settings.round_steps * config.train.batch} of {arms} arms; take fewer arms by curriculum.k"
+            f"{settings.round_steps * config.train.batch} of {draw.arms} arms; take fewer arms by curriculum.k"
         )
     folder = pathlib.Path(config.target.path) if config.target.path else inputs["base"]
     recipe = Recipe.from_config(config.train, "train")
     params, card, cfg, data = _open(folder, split, config, mesh, recipe)
-    begun = checkpoint.fingerprint(params)
+    begun, more = checkpoint.fingerprint(params), {}
+    members = draw.members()
+    if settings.watch:
+        members["watched"] = _watched(np.asarray(split["dev"], np.int64), settings.watch)
+        artifacts.write_npy(out / "watched.npy", members["watched"])
+    known = members.get("watched", ())
+    asker = asking.annotator(data, settings, out / "annotations.jsonl", budget, known) if asks else None
+    if sampler.probe:
+        members["probed"] = asking.probes(draw, settings, asker, seed)
+    if asks:
+        members["limit"] = draw.limit()
+    if of_tasks:  # an arm does not follow from the cluster: the arm of every row of the file, -1 = none
+        number = np.full(split["n"], -1, np.int32)
+        number[members["records"]] = members["arm"]
+        artifacts.write_npy(out / "arms" / "records.npy", number)
     exporter = functools.partial(_export_adapter, cfg, recipe, folder, out / "adapter")
     with Termination() as stop:
+        if of_tasks and settings.graph != "identity":
+            trial = skills.Trial(params, cfg, data, draw, recipe, settings, config.dataset.threads, mesh, stop)
+            graph, cost = skills.learn(trial, names, out / "skills")
+            sampler, _ = prepare(settings, *given, graph=graph)
+            more = {"graph_steps": cost}
         params, summary = fit(
             name="train",
             params=params,
@@ -127,7 +146,7 @@ def run(
             dataset=data,
             members=members,
             sampler=sampler,
-            total_records=total,
+            total_records=draw.total,
             recipe=recipe,
             round_steps=settings.round_steps,
             lag=settings.lag,
@@ -137,6 +156,7 @@ def run(
             stop=stop,
             exact=settings.objective == "accuracy",
             at_end=exporter if recipe.mode == "lora" else None,
+            ask=asker and asker.ask_round,
         )
         params = _float32(params)
         data.tokenizer.save(out / "model" / "tokenizer.json")
@@ -145,19 +165,36 @@ def run(
             hf.export(params, cfg, out / "export")
         except UserError as error:  # the model is there all the same
             say("train", str(error))
+    if asker is not None:
+        more = {"asked": {purpose: asker.count(purpose) for purpose in annotate.PURPOSES}, "budget": budget}
+        say("train", "asked for {train} answers to train on and {probe} to probe".format(**more["asked"]))
     say("train", f"model {out / 'model'} · Hugging Face files {out / 'export'}")
-    return (
-        summary
-        | {
-            "start": begun,
-            "fingerprint": checkpoint.fingerprint(params),
-            "arms": arms,
-            "pool": len(records),
-            "sampler": settings.name,
-            "lag": settings.lag,
-        }
-        | _measured(out, members)
-    )
+    more |= {"start": begun, "fingerprint": checkpoint.fingerprint(params)}
+    more |= {"arms": draw.arms, "pool": len(draw.records), "sampler": settings.name, "lag": settings.lag}
+    return summary | more | _measured(out)
+
+
+def _draw(config, inputs: dict[str, pathlib.Path], split: dict, out: pathlib.Path, kinds: Kinds):
+    """What may be drawn, in arms, and the names of the arms if they are tasks."""
+    records, total = _records(config, inputs, split)
+    name, names = config.curriculum.name, ()
+    if name in kinds.one_arm:
+        return Draw(records, np.zeros(len(records), np.int64), 1, total), names
+    if name in kinds.of_tasks:
+        names, arm = _tasks(records, split)
+        return Draw(records, arm, len(names), total), names
+    arm, arms = _arms(records, config, inputs, out)
+    if lost := int((arm < 0).sum()):
+        say("train", f"{lost} records of the pool are in no cluster and cannot be drawn")
+        records, arm = records[arm >= 0], arm[arm >= 0]
+    return Draw(records, arm, arms, total), names
+
+
+def _tasks(records: np.ndarray, split: dict) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the tasks of these records, in alphabetical order, and the number of each record's: int64[N]."""
+    parsed, _ = source.parse(source.load(split["records"])[: split["n"]])
+    names, arm = np.unique([parsed[row].task for row in records], return_inverse=True)
+    return tuple(names.tolist()), arm.astype(np.int64)
 
 
 def _records(config, inputs: dict[str, pathlib.Path], split: dict) -> tuple[np.ndarray, int]:
@@ -175,6 +212,8 @@ def _records(config, inputs: dict[str, pathlib.Path], split: dict) -> tuple[np.n
         return records, len(records)
     if settings.name == "uniform":
         return pool, len(pool)
+    if settings.budget:
+        return pool, math.ceil(settings.budget * len(pool) - 1e-6)
     if "match" in inputs:
         return pool, len(np.load(inputs["match"] / "indices.npy"))
     return pool, max(math.ceil(config.select.fraction * len(pool) - 1e-6), 1)
@@ -189,15 +228,17 @@ def _watched(dev: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(dev)[:count])
 
 
-def _measured(out: pathlib.Path, members: dict) -> dict:
-    """Of the summary: how many records a probe measured a round, how often, and the seconds of probing and watching."""
+def _measured(out: pathlib.Path) -> dict:
+    """Of the summary: how many records a probe measured a round at most, how often, and the seconds of probing and
+    watching."""
     path = out / "arms.jsonl"
-    seconds = [line["seconds"] for line in artifacts.read_jsonl(path)] if path.exists() else []
+    lines = artifacts.read_jsonl(path) if path.exists() else []
     found = {}
-    for name, rows in (("probe", members.get("probed")), ("watch", members.get("watched"))):
-        if rows is not None:
-            each = [line[name] for line in seconds if name in line]
-            found[name] = {"records": int(rows.size), "times": len(each), "seconds": round(sum(each), 2)}
+    for name in ("probe", "watch"):
+        each = [(line["measured"][name], line["seconds"][name]) for line in lines if name in line["seconds"]]
+        if each:
+            counts, seconds = zip(*each, strict=True)
+            found[name] = {"records": max(counts), "times": len(each), "seconds": round(sum(seconds), 2)}
     return found
 
 

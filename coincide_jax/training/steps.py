@@ -41,7 +41,8 @@ class Steps(NamedTuple):
     judge(params, frozen, batch, exact) → (f32[b], bool[b]): each row's mean token NLL, or with `exact` 1 where every
       supervised token is the likeliest (what greedy decoding would then say), and whether it has supervised tokens;
     apply(state, accumulator, schedule) → (state, empty accumulator, metrics);
-    draw(state, members, number, slots) → (state, p f32[K]), with `slots` of the run's plan holding a record;
+    draw(state, members, number, slots, limit) → (state, p f32[K]), with `slots` of the run's plan holding a record,
+      within a `plan.Limit` or None;
     learn(sampler's state, values f32[K]) → sampler's state, after a probe; None if the sampler has no probe.
     """
 
@@ -176,7 +177,7 @@ def _of_sampler(recipe: Recipe, sampler) -> tuple:
         return state, empty(state.params, recipe.batch), metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def draw(state: TrainState, members: plan.Members, number, slots):
+    def draw(state: TrainState, members: plan.Members, number, slots, limit=None):
         """Draws round `number` and lets the oldest one go."""
         _, round_steps, batch = state.plan.records.shape
         drawn, position = plan.draw_plan(
@@ -188,12 +189,13 @@ def _of_sampler(recipe: Recipe, sampler) -> tuple:
             slots,
             round_steps,
             batch,
+            limit=limit,
             **bandits.ways(sampler, state.sampler),
         )
-        sizes = members.offsets[1:] - members.offsets[:-1]
-        alive = state.position.cursor < sizes
-        p = sampler.probabilities(state.sampler, jnp.where(alive.any(), alive, sizes > 0))
-        counted = jnp.where(drawn.arms < 0, sizes.shape[0], drawn.arms).reshape(-1)
+        now = plan.bound(members, state.position, limit)
+        alive = state.position.cursor < now
+        p = sampler.probabilities(state.sampler, jnp.where(alive.any(), alive, now > 0))
+        counted = jnp.where(drawn.arms < 0, now.shape[0], drawn.arms).reshape(-1)
         plans = jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), state.plan, drawn)
         return state.replace(plan=plans, position=position, draws=state.draws.at[counted].add(1, mode="drop")), p
 

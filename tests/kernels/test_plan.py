@@ -116,6 +116,48 @@ def test_given_order_within_arms():
     assert order[12:][arms[12:] == 0].tolist() == [10, 30, 40]  # the same in the next epoch
 
 
+def limited(count, limit, favour=(0.0, 0.0, 0.0, 0.0), **ways):
+    """Records, arms and weights of `count` rounds of twelve slots in a given order, and the position after them."""
+    rank, position, found = np.asarray([2, 0, 1, 0, *range(8, 0, -1)]), plan.start(4), []
+    limit = plan.Limit(np.int32(limit[0]), np.asarray(limit[1], np.int32))
+    for _ in range(count):
+        position = jax.tree.map(jnp.asarray, position)
+        drawn, position = one_round(4, 3, rank=rank, shuffle=False, limit=limit, position=position, **ways)
+        found.append([np.ravel(part) for part in drawn])
+    return *(np.concatenate(parts) for parts in zip(*found, strict=True)), position
+
+
+@pytest.mark.parametrize("fresh", [1, 5, 12, 40])
+def test_a_limit_ends_the_first_epoch_and_later_ones_are_over_the_same_records(fresh):
+    records, _, _, position = limited(3, (fresh, (0, 0, 0, 0)))
+    held = min(fresh, 12)
+    epochs = [records[at : at + held].tolist() for at in range(0, len(records) - held + 1, held)]
+    assert len(set(records.tolist())) == held and all(set(epoch) == set(epochs[0]) for epoch in epochs)
+    assert position.kept.sum() == (held if position.epoch else 0)
+    order = [record for record in epochs[0] if record >= 90]
+    assert order == sorted(order, reverse=True)  # the limit cuts the end of what was given
+
+
+@pytest.mark.parametrize("p", [(1.0, 1.0, 1.0, 1.0), (1e3, 0.0, 1.0, 1e-3)])
+def test_what_comes_first_is_whole_before_anything_else_in_mid_round_too(p):
+    """Two of arm 0 and three of arm 3, whatever the sampler would rather have, if only it gives them a chance."""
+    records, arms, _, position = limited(2, (9, (2, 0, 0, 3)), p=p)
+    assert set(records[:5].tolist()) == {10, 30, 97, 96, 95}
+    assert set(records[5:9].tolist()).isdisjoint(records[:5].tolist()) and position.epoch == 2
+    assert set(records[9:18].tolist()) == set(records[:9].tolist())
+    alive = [int((arms[:5] == arm).sum()) for arm in range(4)]
+    assert alive == [2, 0, 0, 3]
+
+
+def test_replays_within_a_limit_are_of_what_was_taken():
+    records, _, weight, _ = limited(3, (7, (1, 1, 0, 1)), replay=lambda seen: 0.5 * bandits.uniform(seen))
+    fresh = []
+    for record, own in zip(records.tolist(), weight.tolist(), strict=True):
+        assert own > 0 or record in fresh
+        fresh += [record] if own > 0 and record not in fresh else []
+    assert set(fresh[:3]) == {10, 7, 97} and len(fresh) <= 7 and (weight < 0).sum() > 5
+
+
 def test_replays_are_of_records_taken_before_and_use_up_nothing():
     (drawn, position) = one_round(10, 4, replay=lambda seen: 0.5 * bandits.uniform(seen))
     used, arm_of = set(), dict(zip(RECORDS.tolist(), ARM.tolist(), strict=True))
@@ -132,7 +174,7 @@ def test_replays_are_of_records_taken_before_and_use_up_nothing():
 
 
 def test_visits_that_are_due_come_first_and_exhausted_arms_are_replayed():
-    start = plan.Position(jnp.asarray([0, 1, 0, 0], jnp.int32), jnp.zeros((), jnp.int32))  # arm 1 is used up
+    start = plan.start(4)._replace(cursor=jnp.asarray([0, 1, 0, 0], jnp.int32))  # arm 1 is used up
     due = jnp.asarray([2.0, 5.0, 9.0, 0.0])  # arm 2 has no records at all
     (drawn, _) = one_round(2, 4, position=start, p=(0.0, 0.0, 0.0, 1.0), due=due)
     assert drawn.arms.ravel().tolist()[:2] == [1, 0] and drawn.weight.ravel().tolist()[:2] == [-1.0, 1.0]
