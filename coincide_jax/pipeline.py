@@ -4,7 +4,7 @@ A run is one selector, one curriculum, one seed; its stages leave one folder eac
 ordinary runs: the first row is the headline in the top folder, the others live in `rows/<row>/seed<k>/` and are handed
 dataset, features and clusters of the headline, or of the first row with the same settings; where no row has them, they
 are made once for all seeds, in `rows/<row>/`. So nothing is trained, extracted or clustered twice. PROGRESS has two
-stages more: `cluster/warmup`, another clustering of the same features, and `select/warmup`, what COINCIDE picks from it.
+stages more: `cluster/warmup`, another clustering of the features, and `select/warmup`, what COINCIDE picks from it.
 """
 
 import contextlib

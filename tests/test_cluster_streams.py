@@ -111,13 +111,13 @@ def test_a_store_four_times_the_limit(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_store_four_times_an_imposed_limit(tmp_path):
-    """The whole selection by its command, 4 GiB of features, in a process whose data the kernel limits to 1 GiB
+    """The whole selection by its command, 6 GiB of features, in a process whose data the kernel limits to 1.5 GiB
     (`ulimit -d`: private writable memory, touched or not; mapped files do not count)."""
-    limit, width = 1 << 30, 1024
+    limit, width = 3 << 29, 8192
     rows = 4 * limit // (2 * width)
     fill(tmp_path / "f.zarr", rows, width, 400)
-    keys = {"extract.features": tmp_path / "f.zarr", "extract.num_layers": 4, "cluster.k": 4096}
-    keys |= {"cluster.iterations": 2, "cluster.memory_mib": 128, "select.cache_mib": 128}
+    keys = {"extract.features": tmp_path / "f.zarr", "extract.num_layers": 4, "cluster.k": 384}
+    keys |= {"cluster.iterations": 2, "cluster.memory_mib": 128, "select.cache_mib": 256}
     line = [sys.executable, "-m", "coincide_jax.main", "--config=configs/arrays.py", f"--workdir={tmp_path / 'w'}"]
     line += [f"--config.{key}={value}" for key, value in keys.items()]
     process = subprocess.Popen(

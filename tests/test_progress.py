@@ -9,6 +9,7 @@ import pytest
 from coincide_jax import pipeline
 from coincide_jax.core import artifacts, axes, store
 from coincide_jax.core.errors import UserError
+from coincide_jax.core.metrics import MEASURED
 from coincide_jax.dataset import annotate, drawn, source
 from coincide_jax.training import asking
 from configs import common, demo
@@ -45,7 +46,7 @@ def traces(folders):
 
     def untimed(name):
         lines = artifacts.read_jsonl(train / name)
-        return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
+        return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
     return {
         "tokenizer": (folders["dataset"] / "tokenizer.json").read_bytes(),
