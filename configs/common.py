@@ -106,7 +106,7 @@ def defaults() -> ConfigDict:
                     separation=True,  # silhouette of each cluster: one more pass over the features
                     duplicates=0.99,  # pairs of a cluster above this cosine are counted; 1 = none
                     pairs=2000,  # records of a cluster that are compared for it
-                    cache_mib=1024,  # rows read at once for it; less takes more passes over the features
+                    cache_mib=1024,  # rows read at once for it, memory_mib at most; less: more passes over them
                     stability=False,  # adjusted Rand index with the clusters of another seed: a second clustering
                 ),
             ),

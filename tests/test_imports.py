@@ -19,7 +19,7 @@ MAY = {
     "dataset": {"dataset", "core"},
     **{stage: {stage, "dataset", "models", "kernels", "core"} for stage in STAGES},
     "pipeline": STAGES | {"pipeline", "dataset", "models", "kernels", "core"},
-    "plan": {"plan", "extract", "dataset", "models", "kernels", "core"},
+    "plan": {"plan", "extract", "cluster", "dataset", "models", "kernels", "core"},
     "main": {"main", "pipeline", "plan", "core"},
 }
 

@@ -60,8 +60,7 @@ def measure(keys, inputs, features, rows, centroids, labels, cosine, history) ->
             }
     if keys.audit.duplicates < 1:
         with _timed(quality, "duplicates"):
-            cache = keys.audit.cache_mib << 20
-            counts, pairs = duplicates(features, labels, k, keys.audit.duplicates, keys.audit.pairs, cache)
+            counts, pairs = duplicates(features, labels, k, keys.audit.duplicates, keys.audit.pairs, cache_bytes(keys))
             columns["duplicate_pairs"] = counts
             quality["duplicates"] = {
                 "threshold": keys.audit.duplicates,
@@ -136,6 +135,11 @@ def _nearest_other(x: jax.Array, own: jax.Array, centroids: jax.Array) -> jax.Ar
     scores = jnp.matmul(x, centroids.T, precision=jax.lax.Precision.HIGHEST)
     others = jnp.where(jnp.arange(len(centroids))[None, :] == own[:, None], -jnp.inf, scores)
     return others.max(axis=1) / jnp.maximum(jnp.sqrt((x * x).sum(axis=1)), 1e-12)
+
+
+def cache_bytes(keys) -> int:
+    """Bytes of rows that `duplicates` reads at once: never more than features may take in clustering."""
+    return min(keys.audit.cache_mib, keys.memory_mib or keys.audit.cache_mib) << 20
 
 
 def duplicates(features, labels, k: int, threshold: float, most: int, cache: int) -> tuple[np.ndarray, list[tuple]]:

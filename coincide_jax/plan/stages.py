@@ -1,8 +1,8 @@
 """What each stage takes, counted from the config: floating-point operations, disk, host and device memory, chunk sizes.
 
-Chunks come from the functions that the stages themselves cut with (`tiles.tiling`, `density.batches`, `choose_taps`).
-Counted are the arrays that grow with records, clusters, width or model; not counted are the records as Python objects,
-small JSON and Parquet files, and the few hundred MB of JAX itself.
+Chunks come from the functions that the stages themselves cut with (`tiles.tiling`, `density.batches`, `choose_taps`,
+`cache_bytes`). Counted are the arrays that grow with records, clusters, width or model; not counted are the records as
+Python objects, small JSON and Parquet files, and the few hundred MB of JAX itself.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from coincide_jax.cluster.audit import cache_bytes
 from coincide_jax.core import artifacts
 from coincide_jax.extract.activations import choose_taps
 from coincide_jax.kernels import density
@@ -126,8 +127,9 @@ def cluster(config, s: Sizes, devices: Devices) -> Cost:
         how.append("separation: one pass more")
     if audit.duplicates < 1:
         flop += IMBALANCE * n**2 / k * width
-        host += min(audit.cache_mib << 20, 2 * n * width)
-        how.append(f"duplicates: {math.ceil(2 * n * width / (audit.cache_mib << 20))} passes more")
+        cache = cache_bytes(keys)
+        host += min(cache, 2 * n * width)
+        how.append(f"duplicates: {math.ceil(2 * n * width / cache)} passes more")
     remedy = "lower cluster.k, or take fewer layers by extract.num_layers"
     return Cost("cluster", n, flop, "half", disk, host, device, "; ".join(how), remedy)
 
