@@ -89,9 +89,9 @@ def handed(sampler: Sampler, *_) -> tuple[Sampler, None]:
     return sampler, None
 
 
-def measure(keys, workdir: pathlib.Path) -> dict:
+def measure(keys, workdir: pathlib.Path, mesh) -> dict:
     """Condition → scores of each seed, {'task': [...], 'others': [...]}."""
-    mesh, found, samplers = axes.make_mesh(), {}, {}
+    found, samplers = {}, {}
     for seed in range(keys.seeds):
         config, folder = config_of(seed, keys), workdir / f"seed{seed}"
         pipeline.check(config)
@@ -137,8 +137,10 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path)
     parser.add_argument("--tiny", action="store_true", help="a few records, to see that it runs")
     keys = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        found = measure(keys, keys.workdir or pathlib.Path(folder))
+    mesh = axes.make_mesh()
+    told_apart = contextlib.redirect_stdout(sys.stderr)  # what the stages say; the line is all of stdout
+    with tempfile.TemporaryDirectory() as folder, told_apart, jax.set_mesh(mesh):
+        found = measure(keys, keys.workdir or pathlib.Path(folder), mesh)
     means = {
         condition: {part: round(sum(values) / len(values), 4) for part, values in row.items()}
         for condition, row in found.items()
