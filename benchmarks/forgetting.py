@@ -56,7 +56,9 @@ def without(sampler: Sampler, arm: int, after: int) -> Sampler:
 def config_of(seed: int, keys) -> object:
     """The demo with COINCIDE+ over the whole pool, for `keys.steps` steps."""
     config = demo.get_config("tiny" if keys.tiny else "one").unlock()
-    if not keys.tiny:
+    if keys.tiny:
+        config.train.batch = config.train.micro_batch = 8
+    else:
         config.dataset.drawn.records = 4000
         config.base.epochs = 1.0
     config.curriculum.name, config.curriculum.pool = "coincide_plus", "all"
@@ -108,6 +110,10 @@ def measure(keys, workdir: pathlib.Path, mesh) -> dict:
                 view = pipeline.subset(config, training.TRAIN_KEYS)
                 prepare = functools.partial(handed, sampler)
                 training.run(view, inputs, out / "train", mesh, prepare=prepare, one_arm=())
+                if condition == "gone" and (left := drawn_late(out / "train", names.index(keys.task))):
+                    raise SystemExit(
+                        f"{left} records of {keys.task} were drawn late: the others ran out; fewer --steps"
+                    )
                 view, asked = pipeline.subset(config, evaluation.KEYS), inputs | {"train": out / "train"}
                 evaluation.run(view, asked, out / "evaluate", mesh)
                 artifacts.write_json(out / "scores.json", scores(out / "evaluate" / "answers.jsonl"))
@@ -117,6 +123,12 @@ def measure(keys, workdir: pathlib.Path, mesh) -> dict:
             row["task"].append(round(score[keys.task], 4))
             row["others"].append(round(sum(others) / len(others), 4))
     return found
+
+
+def drawn_late(train: pathlib.Path, arm: int) -> int:
+    """Draws of an arm in the second half of a run's rounds."""
+    rounds = [line["draws"][arm] for line in artifacts.read_jsonl(train / "curriculum.jsonl")]
+    return sum(rounds[len(rounds) // 2 :])
 
 
 def scores(path: pathlib.Path) -> dict[str, float]:
