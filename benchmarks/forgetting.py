@@ -56,7 +56,9 @@ def without(sampler: Sampler, arm: int, after: int) -> Sampler:
 def config_of(seed: int, keys) -> object:
     """The demo with COINCIDE+ over the whole pool, for `keys.steps` steps."""
     config = demo.get_config("tiny" if keys.tiny else "one").unlock()
-    if not keys.tiny:
+    if keys.tiny:
+        config.train.batch = config.train.micro_batch = 8
+    else:
         config.dataset.drawn.records = 4000
         config.base.epochs = 1.0
     config.curriculum.name, config.curriculum.pool = "coincide_plus", "all"
@@ -89,9 +91,9 @@ def handed(sampler: Sampler, *_) -> tuple[Sampler, None]:
     return sampler, None
 
 
-def measure(keys, workdir: pathlib.Path) -> dict:
+def measure(keys, workdir: pathlib.Path, mesh) -> dict:
     """Condition → scores of each seed, {'task': [...], 'others': [...]}."""
-    mesh, found, samplers = axes.make_mesh(), {}, {}
+    found, samplers = {}, {}
     for seed in range(keys.seeds):
         config, folder = config_of(seed, keys), workdir / f"seed{seed}"
         pipeline.check(config)
@@ -108,6 +110,10 @@ def measure(keys, workdir: pathlib.Path) -> dict:
                 view = pipeline.subset(config, training.TRAIN_KEYS)
                 prepare = functools.partial(handed, sampler)
                 training.run(view, inputs, out / "train", mesh, prepare=prepare, one_arm=())
+                if condition == "gone" and (left := drawn_late(out / "train", names.index(keys.task))):
+                    raise SystemExit(
+                        f"{left} records of {keys.task} were drawn late: the others ran out; fewer --steps"
+                    )
                 view, asked = pipeline.subset(config, evaluation.KEYS), inputs | {"train": out / "train"}
                 evaluation.run(view, asked, out / "evaluate", mesh)
                 artifacts.write_json(out / "scores.json", scores(out / "evaluate" / "answers.jsonl"))
@@ -117,6 +123,12 @@ def measure(keys, workdir: pathlib.Path) -> dict:
             row["task"].append(round(score[keys.task], 4))
             row["others"].append(round(sum(others) / len(others), 4))
     return found
+
+
+def drawn_late(train: pathlib.Path, arm: int) -> int:
+    """Draws of an arm in the second half of a run's rounds."""
+    rounds = [line["draws"][arm] for line in artifacts.read_jsonl(train / "curriculum.jsonl")]
+    return sum(rounds[len(rounds) // 2 :])
 
 
 def scores(path: pathlib.Path) -> dict[str, float]:
@@ -137,8 +149,10 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path)
     parser.add_argument("--tiny", action="store_true", help="a few records, to see that it runs")
     keys = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        found = measure(keys, keys.workdir or pathlib.Path(folder))
+    mesh = axes.make_mesh()
+    told_apart = contextlib.redirect_stdout(sys.stderr)  # what the stages say; the line is all of stdout
+    with tempfile.TemporaryDirectory() as folder, told_apart, jax.set_mesh(mesh):
+        found = measure(keys, keys.workdir or pathlib.Path(folder), mesh)
     means = {
         condition: {part: round(sum(values) / len(values), 4) for part, values in row.items()}
         for condition, row in found.items()
