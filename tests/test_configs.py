@@ -10,7 +10,7 @@ from coincide_jax import pipeline
 from coincide_jax.core.errors import UserError
 from configs import common
 
-PACKAGE = pathlib.Path(pipeline.__file__).parent
+PACKAGE = pathlib.Path(pipeline.__file__).parent.parent
 
 
 def test_every_key_is_read_by_some_file():

@@ -1,4 +1,4 @@
-"""The stages in order, what each needs, and the rows of a table. The only file that imports stages.
+"""The stages in order, what each needs, and the rows of a table. The only folder that imports stages.
 
 A run is one selector, one curriculum, one seed; its stages leave one folder each in the workdir. A table is a sweep of
 ordinary runs: the first row is the headline in the top folder, the others live in `rows/<row>/seed<k>/` and are handed
@@ -8,7 +8,6 @@ stages more: `cluster/warmup`, another clustering of the features, and `select/w
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import json
@@ -18,55 +17,30 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
-from coincide_jax import cluster, curriculum, dataset, evaluation, extract, report, selection, training
-from coincide_jax.core import artifacts, manifests, precision
+from coincide_jax.core import artifacts, manifests
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.keys import flatten, subset
 from coincide_jax.core.metrics import say
 from coincide_jax.evaluation import relative
+from coincide_jax.pipeline.checks import check, check_rows
+from coincide_jax.pipeline.stages import (
+    NAMES,
+    SEEDS,
+    SHARED,
+    STAGES,
+    WARMUP,
+    Stage,
+    arrays_only,
+    compared,
+    expected,
+    needed,
+    reads,
+)
 from coincide_jax.report import audits
 
+__all__ = ["NAMES", "SHARED", "STAGES", "WARMUP", "arrays_only", "check", "flatten", "needed", "reads", "run", "subset"]
+
 Path = pathlib.Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage: its function, the config keys it may read, the stages whose folders it is handed."""
-
-    name: str
-    run: Callable
-    keys: tuple[str, ...]
-    version: int
-    inputs: tuple[str, ...] = ()
-
-
-WARMUP = ("cluster/warmup", "select/warmup")
-FEATURES = ("dataset", "extract")
-KINDS = training.Kinds(one_arm=curriculum.ONE_ARM, of_tasks=curriculum.OF_TASKS, asks=curriculum.ASKS)
-
-
-STAGES = (
-    Stage("dataset", dataset.run, dataset.KEYS, dataset.STAGE_VERSION),
-    Stage("base", training.run_base, training.BASE_KEYS, training.STAGE_VERSION, ("dataset",)),
-    Stage("reference", training.run_reference, training.REFERENCE_KEYS, training.STAGE_VERSION, ("dataset", "base")),
-    Stage("extract", extract.run, extract.KEYS, extract.STAGE_VERSION, ("dataset", "base", "reference")),
-    Stage("cluster", cluster.run, cluster.KEYS, cluster.STAGE_VERSION, FEATURES),
-    Stage("select", selection.run, selection.KEYS, selection.STAGE_VERSION, ("dataset", "extract", "cluster", "match")),
-    Stage(WARMUP[0], cluster.run_warmup, cluster.WARMUP_KEYS, cluster.STAGE_VERSION, FEATURES),
-    Stage(WARMUP[1], selection.run_warmup, selection.WARMUP_KEYS, selection.STAGE_VERSION, (*FEATURES, WARMUP[0])),
-    Stage(
-        "train",
-        functools.partial(training.run, prepare=curriculum.prepare, kinds=KINDS),
-        training.TRAIN_KEYS,
-        training.STAGE_VERSION,
-        ("dataset", "base", "extract", "cluster", "select", WARMUP[1], "match"),
-    ),
-    Stage("evaluate", evaluation.run, evaluation.KEYS, evaluation.STAGE_VERSION, ("dataset", "train")),
-    Stage("report", report.run, report.KEYS, report.STAGE_VERSION),
-)
-NAMES = tuple(stage.name for stage in STAGES)
-SHARED = ("dataset", "base", "reference", "extract", "cluster")  # what rows with the same settings have in common
-SEEDS = ("base.seed", "train.seed", "select.seed")  # what `seeds` sets in every row
 
 
 @contextlib.contextmanager
@@ -86,125 +60,6 @@ def locked(workdir: Path) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
-
-
-def external(config: ConfigDict, stage: Stage) -> dict[str, str]:
-    """Identities of files from outside the workdir that the stage's keys name, so that an edited file is noticed."""
-    flat, found = flatten(subset(config, stage.keys)), {}
-    for key in ("dataset.records", "dataset.base_records", "evaluate.questions", "extract.features",
-                "cluster.centroids", "cluster.assignment", "target.path", "reference.path", "extract.image_encoder",
-                "extract.text_encoder"):  # fmt: skip
-        value = flat.get(key)
-        if value and Path(str(value)).exists():
-            found[key] = artifacts.identity(Path(str(value)))
-    return found
-
-
-def compared(config: ConfigDict, stage: Stage) -> dict[str, object]:
-    """The config keys that a stage reads, as JSON holds them."""
-    return json.loads(json.dumps(flatten(subset(config, stage.keys))))
-
-
-def expected(config: ConfigDict, stage: Stage, inputs: dict[str, Path]) -> dict:
-    """The compared part of a manifest: stage, version, config keys, identities of what it is made from."""
-    return {
-        "stage": stage.name,
-        "version": stage.version,
-        "config": compared(config, stage),
-        "inputs": {name: manifests.identity(folder) for name, folder in inputs.items()} | external(config, stage),
-    }
-
-
-def arrays_only(config: ConfigDict) -> bool:
-    """Whether the run selects from features made elsewhere, without records: it clusters and selects, no more."""
-    return bool(config.extract.features) and not config.dataset.records
-
-
-def needed(config: ConfigDict, name: str) -> bool:
-    """Whether a run of this config has the stage at all."""
-    if arrays_only(config):
-        return name in ("cluster", "select")
-    if name == "base":
-        return not config.target.path
-    if name == "reference":  # it sees the answers of the pool
-        return not config.reference.path and not config.extract.features and config.extract.reads == "all"
-    asks = config.curriculum.name in curriculum.ASKS
-    if name == "select":
-        return not asks
-    if name in WARMUP:
-        return asks and config.curriculum.warmup > 0
-    return True
-
-
-def reads(config: ConfigDict, stage: Stage) -> tuple[str, ...]:
-    """The stages whose folders a stage reads under this config. 'match' is a select folder of the size to match."""
-    names = [name for name in stage.inputs if needed(config, name)]
-    if stage.name == "train":
-        online, coreset = config.curriculum.name not in curriculum.ONE_ARM, config.curriculum.pool == "coreset"
-        clusters = online and config.curriculum.name not in curriculum.OF_TASKS
-        used = {"cluster": clusters, "select": coreset, "match": online and not coreset}
-        used["extract"] = bool(config.curriculum.difficulty)
-        names = [name for name in names if used.get(name, True)]
-    if stage.name == "extract":
-        towers = config.extract.reads == "questions" and not config.extract.image_encoder
-        used = {"base": towers and not config.reference.path and not config.extract.features}
-        names = [name for name in names if used.get(name, True)]
-    return tuple(names)
-
-
-def check_rows(config: ConfigDict, mesh, names: Sequence[str]) -> None:
-    """Finds batches that the devices cannot share evenly, before the stages `names` run.
-
-    Raises:
-      UserError: rows of one pass that are no multiple of the devices on 'data'.
-    """
-    flat, devices = flatten(config), mesh.shape["data"]
-    for name, key in (("base", "base.micro_batch"), ("reference", "reference.train.micro_batch"),
-                      ("train", "train.micro_batch"), ("evaluate", "evaluate.rows")):  # fmt: skip
-        if name in names and needed(config, name) and flat[key] % devices:
-            raise UserError(f"{key} is {flat[key]}; expected a multiple of the {devices} devices that share its rows")
-
-
-def check(config: ConfigDict) -> None:
-    """Finds what a config can get wrong before anything runs.
-
-    Raises:
-      UserError: an unknown name, a number out of its range, broken questions.
-    """
-    if config.curriculum.pool not in training.POOLS:
-        raise unknown("curriculum.pool", config.curriculum.pool, training.POOLS)
-    flat = flatten(config)
-    training.check(config, KINDS)
-    extract.check(config)
-    for key, least in (("extract.num_layers", 1),
-                       ("extract.rows_per_device", 1), ("evaluate.rows", 1), ("evaluate.max_new_tokens", 1),
-                       ("evaluate.bootstrap", 1), ("evaluate.limit", 0), ("dataset.limit", 0),
-                       ("dataset.threads", 1), ("curriculum.round_steps", 1)):  # fmt: skip
-        if flat[key] < least:
-            raise UserError(f"{key} = {flat[key]}; expected {least} or more")
-    if config.curriculum.difficulty and (config.extract.features or not config.extract.scores):
-        raise UserError(
-            f"curriculum.difficulty is '{config.curriculum.difficulty}', a score of the reference model; it takes "
-            "extract.scores=True, and features that are extracted here"
-        )
-    if config.evaluate.part == "dev" and not arrays_only(config) and config.dataset.share_dev <= 0:
-        raise UserError("evaluate.part is 'dev' but dataset.share_dev is 0: there would be no questions")
-    if not config.seeds:
-        raise UserError("seeds is empty; expected at least one, as in --config.seeds='(0,)'")
-    if not config.evaluate.questions and config.dataset.records != "drawn" and config.dataset.share_heldout <= 0:
-        raise UserError(
-            "there would be no questions: dataset.share_heldout is 0 and evaluate.questions names no folder"
-        )
-    extract.check(config)
-    cluster.check(config)
-    selection.check(config)
-    if config.cluster.centre and config.select.intra == "nearest":
-        raise UserError("select.intra is 'nearest' but cluster.centre is set: its centroids are not those of the rows")
-    curriculum.make(config.curriculum)
-    precision.choose(config.device.precision)
-    for name, recipe in (("base", config.base), ("reference.train", config.reference.train), ("train", config.train)):
-        training.Recipe.from_config(recipe, name)
-    evaluation.check(config.evaluate)
 
 
 def run_row(

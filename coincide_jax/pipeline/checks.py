@@ -1,0 +1,66 @@
+"""What a config can get wrong, found before anything runs."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from coincide_jax import cluster, curriculum, evaluation, extract, selection, training
+from coincide_jax.core import precision
+from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.core.keys import flatten
+from coincide_jax.pipeline.stages import KINDS, arrays_only, needed
+
+
+def check_rows(config: ConfigDict, mesh, names: Sequence[str]) -> None:
+    """Finds batches that the devices cannot share evenly, before the stages `names` run.
+
+    Raises:
+      UserError: rows of one pass that are no multiple of the devices on 'data'.
+    """
+    flat, devices = flatten(config), mesh.shape["data"]
+    for name, key in (("base", "base.micro_batch"), ("reference", "reference.train.micro_batch"),
+                      ("train", "train.micro_batch"), ("evaluate", "evaluate.rows")):  # fmt: skip
+        if name in names and needed(config, name) and flat[key] % devices:
+            raise UserError(f"{key} is {flat[key]}; expected a multiple of the {devices} devices that share its rows")
+
+
+def check(config: ConfigDict) -> None:
+    """Finds what a config can get wrong before anything runs.
+
+    Raises:
+      UserError: an unknown name, a number out of its range, broken questions.
+    """
+    if config.curriculum.pool not in training.POOLS:
+        raise unknown("curriculum.pool", config.curriculum.pool, training.POOLS)
+    flat = flatten(config)
+    training.check(config, KINDS)
+    extract.check(config)
+    for key, least in (("extract.num_layers", 1),
+                       ("extract.rows_per_device", 1), ("evaluate.rows", 1), ("evaluate.max_new_tokens", 1),
+                       ("evaluate.bootstrap", 1), ("evaluate.limit", 0), ("dataset.limit", 0),
+                       ("dataset.threads", 1), ("curriculum.round_steps", 1)):  # fmt: skip
+        if flat[key] < least:
+            raise UserError(f"{key} = {flat[key]}; expected {least} or more")
+    if config.curriculum.difficulty and (config.extract.features or not config.extract.scores):
+        raise UserError(
+            f"curriculum.difficulty is '{config.curriculum.difficulty}', a score of the reference model; it takes "
+            "extract.scores=True, and features that are extracted here"
+        )
+    if config.evaluate.part == "dev" and not arrays_only(config) and config.dataset.share_dev <= 0:
+        raise UserError("evaluate.part is 'dev' but dataset.share_dev is 0: there would be no questions")
+    if not config.seeds:
+        raise UserError("seeds is empty; expected at least one, as in --config.seeds='(0,)'")
+    if not config.evaluate.questions and config.dataset.records != "drawn" and config.dataset.share_heldout <= 0:
+        raise UserError(
+            "there would be no questions: dataset.share_heldout is 0 and evaluate.questions names no folder"
+        )
+    extract.check(config)
+    cluster.check(config)
+    selection.check(config)
+    if config.cluster.centre and config.select.intra == "nearest":
+        raise UserError("select.intra is 'nearest' but cluster.centre is set: its centroids are not those of the rows")
+    curriculum.make(config.curriculum)
+    precision.choose(config.device.precision)
+    for name, recipe in (("base", config.base), ("reference.train", config.reference.train), ("train", config.train)):
+        training.Recipe.from_config(recipe, name)
+    evaluation.check(config.evaluate)
