@@ -42,7 +42,7 @@ def test_rows_hold_every_record_once_and_overlap_nowhere(seed):
 def test_contents():
     alone, packed = both(16)
     rows = len(packed["tokens"])
-    assert rows < 16 and rows % 2 == 0 and packed["tokens"].shape == packed["record"].shape == (rows, LENGTH)
+    assert rows < 12 and packed["tokens"].shape == packed["record"].shape == (rows, LENGTH)
     for number in range(15):
         size, place = alone["lengths"][number], packed["place"][number]
         here = place // LENGTH, slice(place % LENGTH, place % LENGTH + size)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 AHEAD = 4  # steps read ahead
-ROW_COUNTS = 8  # of packed batches: a micro-batch of B records has one of so many numbers of rows, so of shapes
+ROW_COUNTS = 16  # of packed batches: a micro-batch of B records has one of so many numbers of rows, so of shapes
 Row = tuple[int, Encoded, np.ndarray | None]  # index, sequence, u8[S, S, 3] or None (no image)
 
 
