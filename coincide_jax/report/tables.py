@@ -36,6 +36,7 @@ def seen(artefacts: Artefacts, table: dict) -> list[tuple[str, list[str]]]:
         ("distinct records", lambda summary: _grouped(summary.get("distinct"))),
         ("steps", lambda summary: _grouped(summary.get("steps"))),
         ("probes, rounds × records", lambda summary: _measured(summary.get("probe"))),
+        ("skill graph, steps", lambda summary: _grouped(summary.get("graph_steps"))),
     ):
         cells = []
         for name in table["rows"]:

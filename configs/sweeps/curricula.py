@@ -17,11 +17,11 @@ the same batch, schedule and base; what rehearsal replays counts as steps:
   random             as many records drawn at random
   coincide_plus      Algorithm 1 as mended, from every record
   exp3_ix            Exp3 with implicit exploration
-  skill_it           where the loss of a cluster is high
+  skill_it           the tasks that help where the loss is high, by a graph of short runs on each task alone
   coincide_plus_rehearsal, exp3_ix_rehearsal     with a fifth of the slots for what is being forgotten
-  progress           relative progress of each cluster, by a probe of its records between rounds
+  progress           PROGRESS: clusters of questions, a warm-up, then relative progress by a probe held out of its budget
 
-Probes are no steps: they are a line of their own in the table. None measures more than 2,000 records a round. The
+Probes and the graph's runs are no steps: they are lines of their own in the table. None measures more than 2,000 records a round. The
 watched records (curriculum.watch) are of the dev part, and only the report reads them.
 """
 
@@ -44,6 +44,7 @@ def get_config(rows: str = "table") -> ConfigDict:
     config.select.allocation = "exact"
     config.train.epochs = 1.0
     config.curriculum.round_steps = 5
+    config.dataset.tokenizer_text = "questions"  # of all rows, since PROGRESS may not have seen the answers
     if rows == "own":
         config.dataset.limit = 20_000
         config.evaluate.limit = 100
@@ -61,6 +62,7 @@ def get_config(rows: str = "table") -> ConfigDict:
         config.cluster.k = 6
         config.train.batch = config.train.micro_batch = 8
         config.curriculum.round_steps = 2
+        config.curriculum.warmup_k = 6
         config.curriculum.watch = 16
     return config.lock()
 
@@ -72,8 +74,9 @@ def sweep(add) -> None:
     add("full", {"curriculum.name": "uniform", "curriculum.pool": "all", "curriculum.round_steps": 50})
     add("random", {"select.name": "random", "curriculum.name": "uniform", "curriculum.pool": "coreset"})
     online = {"curriculum.pool": "all"}
-    for name in ("coincide_plus", "exp3_ix", "skill_it"):
+    for name in ("coincide_plus", "exp3_ix"):
         add(name, online | {"curriculum.name": name})
+    add("skill_it", online | {"curriculum.name": "skill_it", "curriculum.probe": 4, "curriculum.graph_steps": 10})
     for name in ("coincide_plus", "exp3_ix"):
         add(f"{name}_rehearsal", online | {"curriculum.name": name, "curriculum.rehearsal": 0.2})
-    add("progress", online | {"curriculum.name": "progress", "curriculum.probe": 4})
+    add("progress", online | {"curriculum.name": "progress", "curriculum.probe": 4, "extract.reads": "questions"})
