@@ -9,38 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from coincide_jax.core.errors import UserError, unknown
+from coincide_jax.core.peaks import KINDS, Kind, known
 from coincide_jax.core.precision import choose
 from coincide_jax.kernels.kmeans import tiles
 
-
-class Kind(NamedTuple):
-    """What a kind of device computes in, and what its maker's sheet says of it (dense products, without sparsity)."""
-
-    compute: str  # of `device.precision=auto`
-    half: float  # FLOP/s in the compute type; 0 = no figure
-    double: float  # FLOP/s in float64; 0 = no figure, or no float64
-
-
-KINDS = {
-    "V100": Kind("float16", 125e12, 7.8e12),
-    "T4": Kind("float16", 65e12, 0.25e12),
-    "A100": Kind("bfloat16", 312e12, 19.5e12),
-    "A10": Kind("bfloat16", 125e12, 0.49e12),
-    "A6000": Kind("bfloat16", 155e12, 0.6e12),
-    "L40S": Kind("bfloat16", 362e12, 1.4e12),
-    "L4": Kind("bfloat16", 121e12, 0.47e12),
-    "RTX3090": Kind("bfloat16", 71e12, 0.56e12),
-    "RTX4090": Kind("bfloat16", 165e12, 1.3e12),
-    "H100": Kind("bfloat16", 989e12, 67e12),
-    "H200": Kind("bfloat16", 989e12, 67e12),
-    "B200": Kind("bfloat16", 2250e12, 40e12),
-    "TPUv3": Kind("bfloat16", 61e12, 0.0),  # of one of a chip's two cores
-    "TPUv4": Kind("bfloat16", 275e12, 0.0),
-    "TPUv5e": Kind("bfloat16", 197e12, 0.0),
-    "TPUv5p": Kind("bfloat16", 459e12, 0.0),
-    "TPUv6e": Kind("bfloat16", 918e12, 0.0),
-    "CPU": Kind("float32", 0.0, 0.0),
-}
 DEFAULT_SHARE = 0.75  # of a GPU's memory that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)
 LARGEST_SHARE = 0.92
 GB = 1e9
@@ -83,11 +55,10 @@ class Devices(NamedTuple):
             kind = Kind("float32", measured(jnp.float32) / count, measured(jnp.float64) / count)
             memory = physical_memory()
             return cls(count, "CPU", memory / count, kind, LARGEST_SHARE, LARGEST_SHARE, memory)
-        name = first.device_kind.replace(" lite", "e").replace(" ", "")
-        names = [known for known in sorted(KINDS, key=len, reverse=True) if known in name]
-        limit = (first.memory_stats() or {}).get("bytes_limit", 0)
-        kind = KINDS[names[0]] if names else Kind(choose().compute, 0.0, 0.0)
-        return cls(count, names[0] if names else name, float(limit), kind, 1.0, 1.0, physical_memory())
+        limit, name = (first.memory_stats() or {}).get("bytes_limit", 0), known(first.device_kind)
+        kind = KINDS[name] if name else Kind(choose().compute, 0.0, 0.0)
+        name = name or first.device_kind.replace(" ", "")
+        return cls(count, name, float(limit), kind, 1.0, 1.0, physical_memory())
 
     @property
     def cpu(self) -> bool:
