@@ -19,7 +19,7 @@ the same batch, schedule and base; what rehearsal replays counts as steps:
   exp3_ix            Exp3 with implicit exploration
   skill_it           the tasks that help where the loss is high, by a graph of short runs on each task alone
   coincide_plus_rehearsal, exp3_ix_rehearsal     with a fifth of the slots for what is being forgotten
-  progress           PROGRESS: clusters of questions, a warm-up, then relative progress by a probe held out of the budget
+  progress           PROGRESS: clusters of questions, a warm-up, then relative progress by a probe of the budget
 
 Probes and the graph's runs are no steps: they are lines of their own in the table. No probe measures more than 2,000
 records a round. The watched records (curriculum.watch) are of the dev part, and only the report reads them.
