@@ -190,7 +190,7 @@ def defaults() -> ConfigDict:
     )
 
 
-def choose(config: ConfigDict, argument: str, words: tuple[str, ...] = ()) -> tuple[str, ...]:
+def choose(config: ConfigDict, file: str, argument: str, words: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Reads the argument of a config file, `WORD,…` and `curriculum=NAME` in any order, and sets that curriculum.
 
     Returns the words. Raises `UserError` for one that is not in `words`, or for two curricula.
@@ -199,9 +199,9 @@ def choose(config: ConfigDict, argument: str, words: tuple[str, ...] = ()) -> tu
     names = [word.removeprefix("curriculum=") for word in found if word.startswith("curriculum=")]
     others = tuple(word for word in found if not word.startswith("curriculum="))
     if wrong := [word for word in others if word not in words]:
-        raise unknown("argument of the config", wrong[0], (*words, "curriculum=NAME"))
+        raise unknown(f"argument of {file}:{argument}", wrong[0], (*words, "curriculum=NAME"))
     if len(names) > 1:
-        raise UserError(f"the config's argument names the curricula {' and '.join(names)}; expected one")
+        raise UserError(f"{file}:{argument} names the curricula {' and '.join(names)}; expected one")
     for name in names:
         config.curriculum.name = name
         config.curriculum.pool = "coreset" if name in ("uniform", "static") else "all"

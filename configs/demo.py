@@ -20,7 +20,7 @@ def get_config(rows: str = "one") -> ConfigDict:
     """`rows` is 'one' (one seed of every row), 'table' (three) or 'tiny', and 'curriculum=NAME' as `common.choose`
     takes it."""
     config = common.defaults()
-    words = common.choose(config, rows, ("one", "table", "tiny")) or ("one",)
+    words = common.choose(config, "configs/demo.py", rows, ("one", "table", "tiny")) or ("one",)
     if len(words) > 1:
         raise UserError(f"configs/demo.py:{rows}: the argument is 'table', 'tiny' or nothing")
     rows = words[0]

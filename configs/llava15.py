@@ -38,7 +38,7 @@ from configs import common
 def get_config(argument: str = "") -> ConfigDict:
     """The paper's recipe; `argument` is nothing or 'curriculum=NAME'."""
     config = common.defaults()
-    common.choose(config, argument)
+    common.choose(config, "configs/llava15.py", argument)
     config.name = "llava15"
     config.dataset.records = "data/llava_v1_5_mix665k.json"
     config.dataset.images = "data/images"

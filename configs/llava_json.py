@@ -20,7 +20,7 @@ sweep = common.four_rows
 def get_config(argument: str = "") -> ConfigDict:
     """Base, reference and target of about a million parameters; `argument` is nothing or 'curriculum=NAME'."""
     config = common.defaults()
-    common.choose(config, argument)
+    common.choose(config, "configs/llava_json.py", argument)
     config.name = "llava_json"
     config.dataset.system = ""
     config.dataset.vocab = 4096

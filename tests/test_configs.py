@@ -41,7 +41,7 @@ def test_an_argument_names_a_curriculum(name, sampler):
     ("argument", "sentence"),
     [
         ("curriculum=progres", "unknown curriculum.name 'progres'; did you mean 'progress'"),
-        ("progress", "unknown argument of the config 'progress'"),
+        ("progress", "unknown argument of configs/demo.py:progress 'progress'"),
         ("curriculum=exp3,curriculum=odm", "names the curricula exp3 and odm; expected one"),
     ],
 )

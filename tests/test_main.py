@@ -153,5 +153,6 @@ def test_second_process_on_one_workdir(tmp_path):
 
 
 def test_an_argument_that_a_config_does_not_take_is_one_sentence():
-    status, output = command.call("--config=configs/llava15.py:x")
+    status, output = command.call("--config=configs/arrays.py:x")
     assert status == 2 and "takes no argument; found ':x'" in output
+    assert "unknown argument of configs/llava15.py:x 'x'" in sentence("--config=configs/llava15.py:x")
