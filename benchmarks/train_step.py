@@ -6,8 +6,9 @@ Prints one JSON line. Against PyTorch (the default without a GPU): the same rand
 and cores, float32; loss, gradient, clip and AdamW of one step, LoRA on every product of the decoder and the whole
 projector, vision tower frozen, no dropout. Both sides take steps on the same batch in turns, every other round
 backwards; the first calls, which for JAX hold the compilation, stand apart. The peer is `transformers` and `peft` with
-SDPA and a fused AdamW, its head over every position, as its users run it. Losses have to agree, or the benchmark fails:
-to 1e-4 in the first three steps, to 1e-3 in all (float32 rounding grows with every step taken).
+SDPA and a fused AdamW, its head over every position, as its users run it (`--answer=1` lets ours run it over all text
+as well). Losses have to agree, or the benchmark fails: to 1e-4 in the first three steps, to 1e-3 in all (float32
+rounding grows with every step taken).
 
 The default sizes are those of the models that `configs/llava_json.py` trains. Larger ones:
 
@@ -51,11 +52,12 @@ def recipe(keys, **changes) -> Recipe:
     return Recipe.from_config(common.recipe(lora=lora, **rates | sizes | changes), "train")
 
 
-def draw_batch(cfg, rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
-    """`models.draw_batch` whose last quarter is the answer."""
-    behind = np.repeat(np.arange(length)[None] >= length - length // 4, rows, axis=0)
-    given = {"labels": behind, "slot": np.arange(rows, dtype=np.int32), "valid": np.ones(rows, bool)}
-    return models.draw_batch(cfg, rows, length, seed) | given
+def draw_batch(cfg, keys, rows: int) -> dict[str, np.ndarray]:
+    """`models.draw_batch` whose last positions are the answer: the share `--answer` of all, the image left out."""
+    batch = models.draw_batch(cfg, rows, keys.length, keys.seed)
+    behind = np.arange(keys.length)[None] >= keys.length - round(keys.length * keys.answer)
+    given = {"slot": np.arange(rows, dtype=np.int32), "valid": np.ones(rows, bool)}
+    return batch | given | {"labels": behind & batch["text"]}
 
 
 class Ours:
@@ -129,7 +131,7 @@ def against_pytorch(keys) -> dict:
     import torch
 
     mesh, cfg, how = models.one_device_mesh(), models.config(keys), recipe(keys)
-    batch = draw_batch(cfg, *keys.rows, keys.length, keys.seed)
+    batch = draw_batch(cfg, keys, *keys.rows)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         drawn = layers.init(vlm.abstract(cfg), jax.random.key(keys.seed), mesh)
@@ -151,6 +153,7 @@ def against_pytorch(keys) -> dict:
         "peer": f"peft {peft.__version__}, torch {torch.__version__}, float32, SDPA, fused AdamW",
         **models.described(keys, cfg),
         "rows": keys.rows[0],
+        "supervised": int(batch["labels"].sum()),
         "trained": trained,
         "rank": keys.rank,
         "loss": [round(ours.losses[0], 5), round(ours.losses[-1], 5)],
@@ -170,7 +173,7 @@ def against_peak(keys) -> dict:
         peak = models.matmul_peak(cfg.precision.dtype, keys.peak_size)
         params = models.draw_params(cfg, mesh, keys.seed)
         for rows in keys.rows:
-            batch = draw_batch(cfg, rows, keys.length, keys.seed)
+            batch = draw_batch(cfg, keys, rows)
             ours = Ours(params, cfg, recipe(keys, batch=rows, micro_batch=rows), batch, mesh)
             try:
                 _, _, seconds = models.alternate({"ours": ours}, keys.rounds)
@@ -205,6 +208,7 @@ def arguments(description: str):
     """The flags of training steps, and the sizes of a model that `configs/llava_json.py` trains."""
     parser = models.arguments(description)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--answer", type=float, default=0.25, help="share of a row's positions that are supervised")
     parser.add_argument("--remat", action="store_true", help="keep only the residual stream for the backward pass")
     sizes = {"image": 56, "tower": [96, 3, 4, 288], "text": [96, 6, 4, 256], "kv_heads": 2, "vocab": 4096}
     parser.set_defaults(**sizes, length=64, rows=[32], rounds=20)
