@@ -168,6 +168,10 @@ def made(tmp_path_factory) -> dict:
         for seed in range(2):
             run = workdir / "rows" / row / f"seed{seed}"
             write_train(run, seed, curriculum=row == "coincide_plus")
+            if row == "coincide_plus":
+                artifacts.write_npy(
+                    run / "train" / "arms" / "records.npy", np.load(inputs["cluster"] / "assignment.npy")
+                )
             if row != "coincide_plus":
                 summary = {"steps": 1200, "distinct": 330 if row == "full" else 60 + seed}
                 artifacts.write_json(run / "train" / "manifest.json", {"summary": summary})

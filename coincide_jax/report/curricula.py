@@ -77,12 +77,12 @@ def trained(artefacts: Artefacts, folder: pathlib.Path, lines: list[dict]) -> li
 
 def composition(artefacts: Artefacts, folder: pathlib.Path, arms: int) -> tuple[list[str], np.ndarray]:
     """Names of the tasks, and which share of each arm's records is of each: f64[K, T]."""
-    arm = artefacts.assignment
-    merged = folder / "train" / "arms" / "assignment.npy"  # clusters → arms, where fewer arms were asked for
-    if merged.exists():
-        arm = np.where(arm >= 0, np.load(merged)[arm], -1)
-    if arm.max() + 1 != arms:
-        raise MissingError(f"a clustering of {arms} arms in cluster/")
+    path = folder / "train" / "arms" / "records.npy"  # row of the records → arm
+    if not path.exists():
+        raise MissingError(f"the arms of the records, {path.name}")
+    arm = np.load(path)
+    if arm.max() + 1 != arms or len(arm) != len(artefacts.tasks):
+        raise MissingError(f"{arms} arms of {len(artefacts.tasks)} records in {path.name}")
     inside = np.flatnonzero(arm >= 0)
     tasks, number = np.unique(artefacts.tasks[inside].astype(str), return_inverse=True)
     counts = np.bincount(arm[inside] * len(tasks) + number, minlength=arms * len(tasks)).reshape(arms, -1)

@@ -128,7 +128,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
         members["probed"] = asking.probes(draw, settings, asker, seed)
     if asks:
         members["limit"] = draw.limit()
-    if of_tasks:  # an arm does not follow from the cluster: the arm of every row of the file, -1 = none
+    if draw.arms > 1:  # for the report: the arm of every row of the file, -1 = none
         number = np.full(split["n"], -1, np.int32)
         number[members["records"]] = members["arm"]
         artifacts.write_npy(out / "arms" / "records.npy", number)
