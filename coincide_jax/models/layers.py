@@ -264,11 +264,35 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arr
     return _attention(q, k, v, bias(keys)) if q.shape[1] <= WHOLE_UP_TO else _by_blocks(q, k, v, bias)
 
 
+@jax.custom_vjp
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """All scores at once. In its gradient the softmax's sum over keys is taken as out · d_out, over the head dimension
+    (FlashAttention, arXiv 2205.14135, appendix B.2): reduced over [t, s] it took as long as the rest (CPU, 512
+    positions)."""
+    return _attend(q, k, v, bias)[0]
+
+
+def _attend(q, k, v, bias):
     scores = jnp.einsum("btkgd,bskd->bkgts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + (bias[None] if bias.ndim == 2 else bias)[:, None, None]
-    return jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    weight = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bkgts,bskd->btkgd", weight.astype(v.dtype), v)
+    return out, (q, k, v, weight, out)
+
+
+def _attention_backward(kept, grad):
+    q, k, v, weight, out = kept
+    d_v = jnp.einsum("bkgts,btkgd->bskd", weight.astype(v.dtype), grad)
+    d_weight = jnp.einsum("btkgd,bskd->bkgts", grad, v, preferred_element_type=jnp.float32)
+    mean = jnp.einsum("btkgd,btkgd->bkgt", grad, out, preferred_element_type=jnp.float32)
+    d_scores = (weight * (d_weight - mean[..., None])).astype(q.dtype)
+    scale = q.shape[-1] ** -0.5
+    d_q = jnp.einsum("bkgts,bskd->btkgd", d_scores, k) * scale
+    return d_q, jnp.einsum("bkgts,btkgd->bskd", d_scores, q * scale), d_v, None
+
+
+_attention.defvjp(_attend, _attention_backward)
 
 
 def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, bias) -> jax.Array:

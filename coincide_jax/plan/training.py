@@ -10,15 +10,15 @@ counted one by one as the rule table of `core/axes.py` shares them.
     optimizer    8 B per trained parameter: AdamW's two moments, float32.
     activations  kept for the backward pass, and the largest working set beside it (block, head or vision):
                  kept    remat: c · n · w for every decoder layer (the residual stream at its entry); else all that a
-                         block saves, saved + 4 B · (n · w · 4 + scores · 2). In mode 'full' the vision tower's, too.
+                         block saves, saved + 4 B · (n · w · 4 + scores). In mode 'full' the vision tower's, too.
                  saved   c · n · (6 w + 2 a + 2 kv + 4 m): w model width, a heads · head_dim, kv kv_heads · head_dim,
                          m MLP columns (3 m without a gate), all but w divided by P.
                  scores  rows · heads / P · T · t of the attention, t = T or, in long sequences, QUERY_BLOCK, whose
                          scores are not saved but made again; cuDNN's attention holds fewer.
-                 block   one decoder block recomputed and differentiated: saved + c · n · (4 m + 4 w + 2 a) + 4 B ·
-                         (n · w · 3 + scores · 2); with LoRA dropout (3 c + 1) · n for the columns of every target's
-                         input (random bits, mask, result); the layer's weights, gathered and cast, c B each (twice in
-                         mode 'full').
+                 block   one decoder block recomputed and differentiated: saved + 4 B · n · w · 3 + the larger of
+                         c · n · (4 m + 4 w + 2 a) and 4 B · scores · 2, which do not live together; with LoRA
+                         dropout (3 c + 1) · n for the columns of every target's input (random bits, mask, result);
+                         the layer's weights, gathered and cast, c B each (twice in mode 'full').
                  head    closing norm and loss: n · w · (2 · 4 + 4 c); the head's weights, c B each (and twice 4 B in
                          mode 'full'); 3 · 4 B · CHUNK_POSITIONS · vocab / P of logits.
                  vision  pixels, and one block of the tower forward.
@@ -153,8 +153,8 @@ def activations(cfg: VLMConfig, recipe, *, rows: int, length: int, wide: int) ->
     tokens, full, width = rows * length, recipe.mode == "full", text.width
     columns, queries = text.mlp / wide, text.heads * text.head_dim / wide
     saved, scores, layer = block_sets(cfg, rows, length, wide)
-    block = saved + c * tokens * (4 * columns + 4 * width + 2 * queries) + 3 * 4 * tokens * width
-    block += 2 * scores + (2 if full else 1) * layer
+    block = saved + 3 * 4 * tokens * width + (2 if full else 1) * layer
+    block += max(c * tokens * (4 * columns + 4 * width + 2 * queries), 2 * scores)
     if not full and recipe.lora.dropout:
         inputs = {"wo": queries, "down": columns}
         targets = lora.choose_targets(text, recipe.lora.targets)
@@ -163,7 +163,7 @@ def activations(cfg: VLMConfig, recipe, *, rows: int, length: int, wide: int) ->
     head += 3 * 4 * loss.CHUNK_POSITIONS * text.vocab / wide
     one, vision = tower_sets(cfg, rows, wide)
     kept_scores = scores if length <= WHOLE_UP_TO else 0
-    kept = text.depth * (c * tokens * width if recipe.remat else saved + 4 * 4 * tokens * width + 2 * kept_scores)
+    kept = text.depth * (c * tokens * width if recipe.remat else saved + 4 * 4 * tokens * width + kept_scores)
     if full:
         kept += eye.depth * (c * rows * (eye.tokens + eye.class_token) * eye.width if recipe.remat else one)
     return kept + max(block, head, vision)
