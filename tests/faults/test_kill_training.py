@@ -10,6 +10,7 @@ import killable
 import pytest
 
 from coincide_jax.core import artifacts
+from coincide_jax.core.metrics import MEASURED
 
 TESTS = pathlib.Path(killable.__file__).parent
 LINES = ("metrics.jsonl", "curriculum.jsonl", "arms.jsonl")
@@ -38,7 +39,8 @@ def outcome(out) -> dict:
     found = {name: artifacts.read_jsonl(out / name) for name in LINES}
     for lines in found.values():
         for line in lines:
-            line.pop("seconds", None)
+            for key in MEASURED:
+                line.pop(key, None)
     return found | artifacts.read_json(out / "outcome.json")
 
 
