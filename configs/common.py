@@ -152,7 +152,7 @@ def defaults() -> ConfigDict:
                 probe=0,  # records of each arm measured between rounds; 0 = the training losses serve
                 watch=0,  # records of the dev part measured between rounds, for the report alone
                 probe_from="heldout",  # heldout: taken out of the pool | seen (progress): trained on before
-                budget=0.0,  # progress, skill_it: share of the pool that a run takes, held out too; 0 = select.fraction
+                budget=0.0,  # progress: share of the pool asked for; skill_it: for its steps; 0 = select.fraction
                 answers="",  # progress: JSONL of {id, answers} in place of the records' own
                 warmup=0.09,  # progress: share of the pool that COINCIDE chooses, trained on first; 0 = none
                 warmup_k=300,  # progress: clusters that the warm-up is chosen from

@@ -21,7 +21,7 @@ from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import say
 
 # keys of speed and disk, never of a result
-NEUTRAL = ("threads", "cache_mib", "checkpoint_every", "keep", "chunk", "memory_mib", "product")
+NEUTRAL = ("threads", "cache_mib", "checkpoint_every", "keep", "chunk", "memory_mib", "product", "tensorboard")
 MANIFEST, STARTED = "manifest.json", "started.json"
 RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore", "tokenizers")
 

@@ -87,7 +87,7 @@ class Events:
                 "TensorBoard events are asked for, but tensorboardX is not installed; "
                 "expected pip install 'coincide-jax[tensorboard]', or tensorboard=False"
             ) from error
-        self.writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: dict) -> None:
         """Those of `values` that are numbers."""

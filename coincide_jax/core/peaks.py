@@ -1,6 +1,7 @@
 """How many FLOP/s a device can reach, by its maker or measured: what utilisation and hours are counted by."""
 
 import functools
+import re
 import time
 from typing import NamedTuple
 
@@ -44,10 +45,14 @@ RUNS = 5
 
 
 def known(device_kind: str) -> str:
-    """The name in `KINDS` of what JAX calls a device, '' if it is not there: the longest one that it holds."""
-    name = device_kind.replace(" lite", "e").replace(" ", "")
+    """The name in `KINDS` of what JAX calls a device, '' if it is not there."""
+    name = device_kind
+    for said, ours in (("TPU ", "TPU"), (" lite", "e"), ("H100 PCIe", "H100PCIe"), ("RTX ", "RTX")):
+        name = name.replace(said, ours)
     name = "TPUv5p" if name == "TPUv5" else name
-    return max((one for one in KINDS if one in name), key=len, default="")
+    words = re.split(r"[^A-Za-z0-9]+", name)
+    slower = {"NVL", "Laptop", "MaxQ"} & set(words)  # of the same name
+    return "" if slower else next((one for one in KINDS if one in words), "")
 
 
 def total(compute: str, mesh) -> tuple[float, str]:

@@ -113,12 +113,14 @@ class Annotator:
 
         Raises:
           UserError: an answer that is not there, or not one to each question; the run can go on once it is.
-          RuntimeError: the budget does not reach.
+          UserError: the budget does not reach.
         """
         new = {int(row): (purpose, int(step)) for row, step in zip(rows, steps, strict=True) if row not in self.asked}
         if len(self.asked) + len(new) > self.budget:
-            raise RuntimeError(
-                f"{len(self.asked)} answers of {self.budget} are used up; {len(new)} more were asked for"
+            raise UserError(
+                f"{self.path}: {len(self.asked)} answers of a budget of {self.budget} are used up and {len(new)} more "
+                "are asked for; a run that goes on after a kill draws the same records only on the same devices: go on "
+                "there, or begin again in another folder"
             )
         if new:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,6 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "there would be no questions: dataset.share_heldout is 0 and evaluate.questions names no folder"
         )
-    extract.check(config)
     cluster.check(config)
     selection.check(config)
     if config.cluster.centre and config.select.intra == "nearest":

@@ -11,6 +11,8 @@ from coincide_jax.plan.sizes import find
 from coincide_jax.plan.stages import Cost
 from coincide_jax.plan.training import Memory, memory, model_config
 
+UNCOUNTED = ("progress",)  # curricula with stages of their own
+
 __all__ = ["Cost", "Devices", "Memory", "costs", "memory", "model_config", "refuse", "tell"]
 
 
@@ -23,6 +25,11 @@ def costs(config, devices: Devices, *, arrays: bool = False) -> tuple[list[Cost]
     Raises:
       UserError: see `sizes.find`; rows that the devices cannot share.
     """
+    if not arrays and config.curriculum.name in UNCOUNTED:
+        raise UserError(
+            f"the plan does not count curriculum.name '{config.curriculum.name}' (its own stages, probes and runs); "
+            "that of coincide_plus comes nearest"
+        )
     s = find(config, devices, arrays)
     if arrays:
         return [stages.cluster(config, s, devices), stages.select(config, s, devices)], {}

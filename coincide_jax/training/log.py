@@ -122,6 +122,10 @@ class Log:
         """For the progress line."""
         return f"loss {self.loss:.3f} · {self.rate:.0f} tokens/s" if math.isfinite(self.loss) else ""
 
+    def measured(self) -> None:
+        """Forgets the time since the last step: it went into what `arms` measured, which says it itself."""
+        self.clock, self.waited = time.monotonic(), 0.0
+
     def _lap(self) -> tuple[float, float]:
         """Seconds since the last call, and those of them spent waiting for the reader."""
         before, self.clock, waited, self.waited = self.clock, time.monotonic(), self.waited, 0.0

@@ -179,6 +179,7 @@ def fit(
                 if run.learn:
                     values = jax.device_put(values, jax.NamedSharding(mesh, jax.P()))
                     state = state.replace(sampler=run.learn(state.sampler, values))
+                log.measured()
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
                 state, p = run.draw(state, table, np.int32(drawn), np.int32(slots), limit)
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))

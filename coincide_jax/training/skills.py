@@ -58,11 +58,12 @@ def learn(trial: Trial, names: Sequence[str], out: pathlib.Path) -> tuple[np.nda
     before = _losses(trial, trial.params) if kind == "linear" else None
     after = {}
     for tasks in alone + pairs:
-        kept = out / "losses" / f"{'+'.join(map(str, tasks))}.npy"
+        name = "+".join(map(str, tasks))
+        kept, run = out / "losses" / f"{name}.npy", out / "runs" / name
         if not kept.exists():
             say("train", f"skill graph: {' and '.join(names[task] for task in tasks)}")
-            artifacts.write_npy(kept, _losses(trial, _train(trial, tasks, out / "run")))
-            shutil.rmtree(out / "run")
+            artifacts.write_npy(kept, _losses(trial, _train(trial, tasks, run)))
+        shutil.rmtree(run, ignore_errors=True)
         after[tasks] = np.load(kept)
     if kind == "linear":
         graph = linear(before, np.stack([after[tasks] for tasks in alone]))

@@ -146,7 +146,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
             dataset=data,
             members=members,
             sampler=sampler,
-            total_records=draw.total,
+            total_records=budget,  # what a probe holds out of it are records, not steps
             recipe=recipe,
             round_steps=settings.round_steps,
             lag=settings.lag,

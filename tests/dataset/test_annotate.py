@@ -37,7 +37,7 @@ def test_a_view_holds_no_answer_anywhere():
 def test_turns_come_after_the_question_and_every_line_once(tmp_path):
     path = tmp_path / "annotations.jsonl"
     one = start(path)
-    with pytest.raises(RuntimeError, match=r"record 2 .'r2'. were read but never asked for"):
+    with pytest.raises(UserError, match=r"record 2 .'r2'. were read but never asked for"):
         one.turns(VIEW[2])
     one.ask([5], "probe", [0])
     one.ask_round(np.asarray([[2, 5], [-1, 2], [0, -1]]), 4)
@@ -64,7 +64,7 @@ def test_the_budget_is_never_exceeded(tmp_path):
     one = start(tmp_path / "a.jsonl", budget=3)
     one.ask([0, 1, 2], "train", [0, 0, 0])
     one.ask([1, 2], "train", [1, 1])  # again, which costs nothing
-    with pytest.raises(RuntimeError, match="3 answers of 3 are used up; 1 more"):
+    with pytest.raises(UserError, match="3 answers of a budget of 3 are used up and 1 more"):
         one.ask([3], "probe", [1])
     assert len(asked(tmp_path / "a.jsonl")) == 3
 

@@ -217,22 +217,36 @@ def settle(low, high, centroids):
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def prepare(centroids, previous, dtype):
-    """What a pass over the rows multiplies with. Call under `jax.enable_x64(True)`.
+def directions(centroids, dtype):
+    """Centroids f32[K, D] less their mean, in float32 and in `dtype`. Call under `jax.enable_x64(True)`."""
+
+    def local(centroids):
+        single = _offset(centroids).astype(jnp.float32)
+        return single, single.astype(dtype)
+
+    return over_rows(local, ".")(centroids)
+
+
+def _offset(centroids):
+    wide = centroids.astype(jnp.float64)
+    return wide - jnp.mean(wide, axis=0, keepdims=True)
+
+
+@jax.jit
+def prepare(centroids, previous, single, fast):
+    """How far what a pass multiplies with (`directions`) may lead. Call under `jax.enable_x64(True)`.
 
     Scores are taken against the centroids less their mean, which moves all scores of a row alike and makes the
-    rounding smaller where centroids share a direction.
+    rounding smaller where centroids share a direction. `single` and `fast` come in as arguments: a compiler that saw
+    their rounding in one program might take it out again (XLA does on GPUs).
 
     Returns:
-      f32[K, D] and `dtype`[K, D] directions; f64[3] upper bounds: the longest direction, the largest rounding of a
-      float32 and of a `dtype` one; f64[K] how far each centroid is from the previous one.
+      f64[3] upper bounds: the longest direction, the largest rounding of a float32 and of a fast one; f64[K] how far
+      each centroid is from the previous one.
     """
 
-    def local(centroids, previous):
-        wide = centroids.astype(jnp.float64)
-        offset = wide - jnp.mean(wide, axis=0, keepdims=True)
-        single = offset.astype(jnp.float32)
-        fast = single.astype(dtype)
+    def local(centroids, previous, single, fast):
+        offset = _offset(centroids)
 
         def longest(rows):
             return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=1))) * (1 + 1e-9)
@@ -240,10 +254,10 @@ def prepare(centroids, previous, dtype):
         bounds = jnp.stack(
             [longest(offset), longest(offset - single.astype(jnp.float64)), longest(offset - fast.astype(jnp.float64))]
         )
-        moved = wide - previous.astype(jnp.float64)
-        return single, fast, bounds, jnp.sqrt(jnp.sum(moved * moved, axis=1)) * (1 + 1e-9)
+        moved = centroids.astype(jnp.float64) - previous.astype(jnp.float64)
+        return bounds, jnp.sqrt(jnp.sum(moved * moved, axis=1)) * (1 + 1e-9)
 
-    return over_rows(local, "..")(centroids, previous)
+    return over_rows(local, "....")(centroids, previous, single, fast)
 
 
 @jax.jit
@@ -260,22 +274,22 @@ def near(x, centroids):
     return over_rows(local, "..")(x, centroids)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "ordered"))
-def inspect(x, dtype, ordered: bool):
-    """Of each row of a tile: squared length f64[C], rounding by the cast to `dtype` f64[C], largest magnitude f32[C]
-    (NaN for a row with one). Call under `jax.enable_x64(True)`.
+@functools.partial(jax.jit, static_argnames="ordered")
+def inspect(x, fast, ordered: bool):
+    """Of each row of a tile: squared length f64[C], what the fast type lost f64[C], largest magnitude f32[C] (NaN for a
+    row with one). Call under `jax.enable_x64(True)`. For `fast`, the rows in that type, see `prepare`.
 
     `ordered`: squared lengths by `squares`. Those of float16 rows need it only from `EXACT` on: below, all partial sums
     are multiples of 2^-48 that float64 holds exactly, in any order.
     """
 
-    def local(x):
+    def local(x, fast):
         single = x.astype(jnp.float32)
-        lost = single - x.astype(dtype).astype(jnp.float32)
+        lost = single - fast.astype(jnp.float32)
         plain = jnp.sum((single * single).astype(jnp.float64), axis=1)  # of float16 numbers exact products
         lost = jnp.sqrt(jnp.sum((lost * lost).astype(jnp.float64), axis=1)) * (1 + 1e-6)
         return everywhere(
             squares(single.astype(jnp.float64)) if ordered else plain, lost, jnp.max(jnp.abs(single), axis=1)
         )
 
-    return over_rows(local, "r")(x)
+    return over_rows(local, "rr")(x, fast)

@@ -49,8 +49,9 @@ class Sweeper:
         """
         tiles, fresh = self.tiles, previous is None
         with jax.enable_x64(True):
-            made = products.prepare(centroids, centroids if fresh else previous, tiles.dtype)
-        self.single, self.fast, (bounds, drift) = made[0], made[1], jax.device_get(made[2:])
+            self.single, self.fast = products.directions(centroids, tiles.dtype)
+            told = products.prepare(centroids, centroids if fresh else previous, self.single, self.fast)
+        bounds, drift = jax.device_get(told)
         self.centroids = centroids
         self._bounds(*bounds)
         prefix = self._reach(drift, fresh)

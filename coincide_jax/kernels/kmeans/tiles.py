@@ -173,12 +173,12 @@ class Tiles:
           RowError: a row that is not finite or holds a magnitude above 16.
         """
         norms, lost = np.zeros(self.rows), np.zeros(self.rows)
-        for tile, x, _ in self.read(np.ones(self.count, bool)):
+        for tile, x, fast in self.read(np.ones(self.count, bool)):
             start, stop = self.span(tile)
             with jax.enable_x64(True):
-                found = products.inspect(x, self.dtype, x.dtype != np.float16)
+                found = products.inspect(x, fast, x.dtype != np.float16)
                 if x.dtype == np.float16 and not np.max(jax.device_get(found[0])) < products.EXACT:
-                    found = products.inspect(x, self.dtype, True)
+                    found = products.inspect(x, fast, True)
                 length, cast, largest = jax.device_get(found)
             largest = largest[: stop - start]
             bad = np.flatnonzero(~(largest <= LARGEST))
