@@ -37,7 +37,7 @@ def test_a_view_holds_no_answer_anywhere():
 def test_turns_come_after_the_question_and_every_line_once(tmp_path):
     path = tmp_path / "annotations.jsonl"
     one = start(path)
-    with pytest.raises(UserError, match=r"record 2 .'r2'. were read but never asked for"):
+    with pytest.raises(RuntimeError, match=r"record 2 .'r2'. were read but never asked for"):
         one.turns(VIEW[2])
     one.ask([5], "probe", [0])
     one.ask_round(np.asarray([[2, 5], [-1, 2], [0, -1]]), 4)

@@ -40,7 +40,7 @@ def head(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 def slow(tensors: dict, tokens: np.ndarray, eps: float = CFG.norm_eps) -> dict:
     """One row, float64: what each part gives."""
     files = {name.removeprefix("model."): np.asarray(value, np.float64) for name, value in tensors.items()}
-    x, taps = files["token_embeddings.weight"][tokens], []
+    x, taps = files["token_embeddings.weight"][tokens], {"attention": [], "mlp": [], "block": []}
     parts = {"embedding": x}
     for layer, (heads, kv, mlp) in enumerate(CFG.layer_shapes):
         own = {name.removeprefix(f"layers.{layer}."): value for name, value in files.items()}
@@ -51,15 +51,17 @@ def slow(tensors: dict, tokens: np.ndarray, eps: float = CFG.norm_eps) -> dict:
         group = heads // kv
         mixed = [head(turned(q[:, n]), turned(k[:, n // group]), v[:, n // group]) for n in range(heads)]
         mixed = np.concatenate(mixed, axis=1)
-        taps.append(mixed @ own["attn.out_proj.weight"].T)
-        x = x + taps[-1]
+        taps["attention"].append(mixed @ own["attn.out_proj.weight"].T)
+        x = x + taps["attention"][-1]
         both = rms(x, own["ffn_norm.weight"], eps) @ own["ffn.proj_1.weight"].T
         gate, up = both[:, :mlp], both[:, mlp:]
-        x = x + (gate / (1.0 + np.exp(-gate)) * up) @ own["ffn.proj_2.weight"].T
+        taps["mlp"].append((gate / (1.0 + np.exp(-gate)) * up) @ own["ffn.proj_2.weight"].T)
+        x = x + taps["mlp"][-1]
+        taps["block"].append(x)
         if layer == 0:
             parts |= {"norm": h, "attention": mixed, "block": x}
     final = rms(x, files["norm.weight"], eps)
-    return parts | {"taps": np.stack(taps), "final": final, "logits": final @ files["token_embeddings.weight"].T}
+    return parts | {"taps": taps, "final": final, "logits": final @ files["token_embeddings.weight"].T}
 
 
 def test_parity_with_the_definition():
@@ -69,8 +71,10 @@ def test_parity_with_the_definition():
     for name in ("embedding", "norm", "attention", "block", "final", "logits"):
         want = np.stack([row[name] for row in rows])
         assert apart(found[name].reshape(want.shape), want) <= 1e-4, name
-    for layer in range(CFG.depth):
-        assert apart(found["taps"][layer], np.stack([row["taps"][layer] for row in rows])) <= 1e-4, layer
+    for name in decoder.TAPS:
+        for layer in range(CFG.depth):
+            want = np.stack([row["taps"][name][layer] for row in rows])
+            assert apart(found["taps"][name][layer], want) <= 1e-4, (name, layer)
     assert np.isfinite(found["loss"]) and np.abs(found["grads"][1]["wk"]["a"]).max() > 1e-6
 
 
