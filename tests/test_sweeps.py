@@ -9,6 +9,7 @@ import pytest
 
 from coincide_jax import main, pipeline
 from coincide_jax.core import artifacts, axes
+from coincide_jax.core.errors import UserError
 from coincide_jax.report import audits
 from coincide_jax.selection import coincide
 from configs import common
@@ -175,8 +176,29 @@ def test_the_sweep_of_curricula_runs_and_tells_what_was_learned(tmp_path):
         train = (tmp_path if row == "coincide" else tmp_path / "rows" / row / "seed0") / "train"
         summary = artifacts.read_json(train / "manifest.json")["summary"]
         steps[row] = summary["steps"]
-        assert summary["watch"]["records"] == 16 and ("probe" in summary) == (row == "progress")
+        assert summary["watch"]["records"] == 16 and ("probe" in summary) == (row in ("progress", "skill_it"))
     assert len({count for row, count in steps.items() if row != "full"}) == 1 and steps["full"] > steps["random"]
     text = (tmp_path / "report" / "report.html").read_text()
     assert all(f"curriculum-{row}" in text for row in rows.keys() - {"coincide", "full", "random"})
     assert "| probes, rounds × records |" in (tmp_path / "report" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("rows", ["table", "one", "tiny", "own"])
+def test_every_row_of_the_sweep_of_curricula_may_begin(rows):
+    """The checks that come before anything runs, and steps that do not depend on what a probe holds out."""
+    module = main.load_module(command.ROOT / "configs/sweeps/curricula.py")
+    config = module.get_config(rows).unlock()
+    if rows == "own":
+        config.dataset.records = "records.json"
+    found = {}
+    module.sweep(lambda row, changes: found.update({row: pipeline.row_config(config, changes, 0)}))
+    for one in found.values():
+        pipeline.check(one)
+    assert len(found) == 9 and len({one.train.epochs for one in found.values()}) == 1
+
+
+def test_more_arms_than_clusters_are_refused_first():
+    config = common.defaults()
+    config.dataset.records, config.curriculum.k = "drawn", config.cluster.k + 1
+    with pytest.raises(UserError, match=r"curriculum\.k is 61; expected at most cluster\.k, the 60 clusters"):
+        pipeline.check(config)

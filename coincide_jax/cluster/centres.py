@@ -53,7 +53,11 @@ def find(keys, usable, out: pathlib.Path, mesh) -> tuple[np.ndarray, np.ndarray,
     """
     k = min(keys.k, len(usable))
     if k < keys.k:
-        say("cluster", f"warning: cluster.k={keys.k} is above the {len(usable)} valid records; going on with {k}")
+        say(
+            "cluster",
+            f"warning: cluster.k={keys.k} is above the {len(usable)} valid records; going on with {k}: "
+            "every record is a cluster of its own, and nothing is left to choose inside it; a tenth as many tell more",
+        )
     memory, sample = keys.memory_mib << 20, usable
     most = keys.max_points_per_centroid * k
     if 0 < most < len(usable):

@@ -85,7 +85,7 @@ class Events:
         except ImportError as error:
             raise UserError(
                 "TensorBoard events are asked for, but tensorboardX is not installed; "
-                "expected pip install 'coincide-jax[tensorboard]', or tensorboard=False"
+                "expected pip install tensorboardX, or tensorboard=False"
             ) from error
         self.writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 

@@ -1,5 +1,7 @@
 """What a config can get wrong, found before anything runs."""
 
+import importlib.util
+import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -12,11 +14,14 @@ from coincide_jax.pipeline.stages import KINDS, arrays_only, needed
 
 
 def check_rows(config: ConfigDict, mesh, names: Sequence[str]) -> None:
-    """Finds batches that the devices cannot share evenly, before the stages `names` run.
+    """Finds batches that the devices cannot share evenly and checkpoints that are not there, before `names` run.
 
     Raises:
-      UserError: rows of one pass that are no multiple of the devices on 'data'.
+      UserError: rows of one pass that are no multiple of the devices on 'data', a folder that does not exist.
     """
+    for key, folder in (("target.path", config.target.path), ("reference.path", config.reference.path)):
+        if folder and not arrays_only(config) and not pathlib.Path(folder).is_dir():
+            raise UserError(f"{key}: {folder} does not exist; expected the folder of a checkpoint")
     flat, devices = flatten(config), mesh.shape["data"]
     for name, key in (("base", "base.micro_batch"), ("reference", "reference.train.micro_batch"),
                       ("train", "train.micro_batch"), ("evaluate", "evaluate.rows")):  # fmt: skip
@@ -54,6 +59,9 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "there would be no questions: dataset.share_heldout is 0 and evaluate.questions names no folder"
         )
+    k, made = config.curriculum.k, not config.cluster.centroids and needed(config, "cluster")
+    if made and k > config.cluster.k:
+        raise UserError(f"curriculum.k is {k}; expected at most cluster.k, the {config.cluster.k} clusters it merges")
     cluster.check(config)
     selection.check(config)
     if config.cluster.centre and config.select.intra == "nearest":
@@ -62,4 +70,8 @@ def check(config: ConfigDict) -> None:
     precision.choose(config.device.precision)
     for name, recipe in (("base", config.base), ("reference.train", config.reference.train), ("train", config.train)):
         training.Recipe.from_config(recipe, name)
+        if recipe.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise UserError(
+                f"{name}.tensorboard is set, but tensorboardX is not installed; expected pip install tensorboardX"
+            )
     evaluation.check(config.evaluate)

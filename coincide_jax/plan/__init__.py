@@ -96,14 +96,14 @@ def _table(config, devices: Devices, arrays: bool) -> str:
     efficiency, speed = config.plan.efficiency, devices.speed
     peak = f"{speed.half / 1e12:.3g} TFLOP/s each in {speed.compute}" if speed.half else "no peak known"
     lines = [
-        f"{config.name} on {devices}: {peak}, hours at {efficiency:.0%} of the peak",
-        f"{'stage':<10}{'records':>10}{'FLOP':>10}{'hours':>8}{'disk GB':>9}{'host GB':>9}{'device GB':>11}  how",
+        f"{config.name} on {devices}: {peak}, hours at {efficiency:.0%} of the peak; of a table its first row",
+        f"{'stage':<10}{'records':>10}{'FLOP':>10}{'hours':>11}{'disk GB':>9}{'host GB':>9}{'device GB':>11}  how",
     ]
     for cost in found:
         hours = _hours(cost, devices, efficiency)
         shown = "–" if hours is None else f"{hours:.2f}"
         lines.append(
-            f"{cost.stage:<10}{cost.records:>10}{cost.flop:>10.1e}{shown:>8}{cost.disk / GB:>9.2f}"
+            f"{cost.stage:<10}{cost.records:>10}{cost.flop:>10.1e}{shown:>11}{cost.disk / GB:>9.2f}"
             f"{cost.host / GB:>9.2f}{cost.device / GB:>11.2f}  {cost.how}"
         )
     for stage, memory_parts in parts.items():

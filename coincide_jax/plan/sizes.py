@@ -56,10 +56,13 @@ def find(config, devices: Devices, arrays: bool) -> Sizes:
     if config.evaluate.questions and asked.is_dir():
         questions = sum(len(artifacts.read_jsonl(file)) for file in asked.glob("*.jsonl"))
     base = 0.0 if config.target.path or keys.base_records else keys.base_share
+    pool, of_base = round(n * (1 - share - keys.share_dev - base)), round(n * base)
+    if keys.records == "drawn":  # base and questions are drawn beside the records
+        pool, of_base, questions = round(n * (1 - keys.share_dev)), keys.drawn.base, keys.drawn.heldout
     return Sizes(
         records=n,
-        pool=round(n * (1 - share - keys.share_dev - base)),
-        base=round(n * base),
+        pool=pool,
+        base=of_base,
         questions=questions,
         width=width if given else _width(config, reference),
         length=config.plan.length or keys.buckets[0],

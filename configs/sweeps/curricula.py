@@ -76,7 +76,7 @@ def sweep(add) -> None:
     online = {"curriculum.pool": "all"}
     for name in ("coincide_plus", "exp3_ix"):
         add(name, online | {"curriculum.name": name})
-    by_task = {"curriculum.name": "skill_it", "curriculum.k": 0, "curriculum.probe": 4, "curriculum.graph_steps": 10}
+    by_task = {"curriculum.name": "skill_it", "curriculum.k": 0, "curriculum.probe": 2, "curriculum.graph_steps": 10}
     add("skill_it", online | by_task)
     for name in ("coincide_plus", "exp3_ix"):
         add(f"{name}_rehearsal", online | {"curriculum.name": name, "curriculum.rehearsal": 0.2})
