@@ -80,4 +80,4 @@ def sweep(add) -> None:
     add("skill_it", online | by_task)
     for name in ("coincide_plus", "exp3_ix"):
         add(f"{name}_rehearsal", online | {"curriculum.name": name, "curriculum.rehearsal": 0.2})
-    add("progress", online | {"curriculum.name": "progress", "curriculum.probe": 4, "extract.reads": "questions"})
+    add("progress", online | {"curriculum.name": "progress", "curriculum.probe": 2, "extract.reads": "questions"})
