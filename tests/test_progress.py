@@ -116,8 +116,9 @@ def test_every_answer_is_on_the_list_once_and_within_the_budget(made):
     summary = artifacts.read_json(made["folders"]["train"] / "manifest.json")["summary"]
     arms = summary["arms"]
     assert summary["budget"] == -(-len(made["split"]["pool"]) // 5) == len(lines) == len(set(made["asked"]))
-    assert summary["asked"] == {"probe": arms, "train": len(lines) - arms} and summary["epochs"] == 1
-    assert summary["distinct"] == len(lines) - arms and summary["records"] == 2 * summary["distinct"]
+    assert summary["asked"] == {"probe": arms, "train": len(lines) - arms} and summary["epochs"] == 2
+    # as many slots as two epochs of the budget: what the probe holds out of it is drawn again from the others
+    assert summary["distinct"] == len(lines) - arms and summary["records"] == 2 * summary["budget"]
     assert [line["purpose"] for line in lines] == ["probe"] * arms + ["train"] * (len(lines) - arms)
     steps = [line["step"] for line in lines[arms:]]
     assert steps == sorted(steps) and np.bincount(steps).max() == 8  # a batch

@@ -206,8 +206,9 @@ def test_float16_skips_overflowing_steps_and_recovers(overflown):
     params, found, summary = overflown
     skipped = [line["skipped"] for line in found]
     count = sum(skipped)
-    assert 3 <= count <= 16 and skipped == [1] * count + [0] * (24 - count) and summary["skipped"] == count
-    assert [line["loss_scale"] for line in found[: count + 1]] == [2.0 ** (22 - step) for step in range(count + 1)]
+    assert 3 <= count <= 16 and skipped[:3] == [1] * 3 and skipped[-8:] == [0] * 8 and summary["skipped"] == count
+    # halved by every step that overflows; near the border one may after another did not
+    assert [line["loss_scale"] for line in found] == [2.0 ** (22 - sum(skipped[:step])) for step in range(24)]
     assert all((line["gradient_norm"] is None) == bool(line["skipped"]) for line in found)
     losses = [line["loss"] for line in found]
     assert np.mean(losses[-4:]) < np.mean(losses[:count]) - 0.3  # it learns once the scale fits

@@ -74,8 +74,9 @@ def matmul(compute: str, size: int, chain: int, runs: int) -> float:
     def run(x, w):
         return jax.lax.fori_loop(0, chain, lambda _, x: x @ w, x)
 
-    draw, dtype = jax.random.split(jax.random.key(0)), jnp.dtype(compute)
+    dtype = jnp.dtype(compute)
     with jax.set_mesh(jax.make_mesh((), (), devices=jax.local_devices()[:1])):
+        draw = jax.random.split(jax.random.key(0))
         x, w = (jax.random.normal(key, (size, size), dtype) * jnp.asarray(size**-0.5, dtype) for key in draw)
         seconds = []
         for _ in range(1 + runs):
