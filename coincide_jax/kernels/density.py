@@ -23,8 +23,14 @@ PRECISIONS = ("float64", "float32")  # of the inner products
 
 
 def stored_limit(budget: int) -> int:
-    """Rows of the largest cluster whose kernel matrix is stored within `budget` bytes: 32 n² with its temporaries."""
-    return int((budget / 32) ** 0.5)
+    """Rows of the largest cluster whose kernel matrix is stored within `budget` bytes: 16 n² with its temporaries."""
+    return int((budget / 16) ** 0.5)
+
+
+def cluster_bytes(n: int, width: int) -> int:
+    """Of each cluster of `n` rows in a batch, on the device, at most: its rows, some columns of them in float64, and
+    its kernel matrix twice."""
+    return 4 * n * (width + 2 * min(width, WIDE) + 4 * n)
 
 
 def batches(sizes: np.ndarray, width: int, budget: int = BATCH_BYTES) -> list[tuple[int, np.ndarray]]:
@@ -32,7 +38,7 @@ def batches(sizes: np.ndarray, width: int, budget: int = BATCH_BYTES) -> list[tu
 
     Padded sizes are 4 per octave (8, 10, 12, 14, 16, 20, …), and a size joins the next larger one in use where the
     added work is less than a compilation's. All batches of one padded size have one shape. A batch holds
-    `4 B n (width + 2 · min(width, 2048) + 8 n)` bytes on the device, at most `budget` unless it is a single cluster.
+    `cluster_bytes` for each of its clusters, at most `budget` unless it is a single one.
 
     Args:
       sizes: i[K]; clusters of 0 are in no batch.
@@ -48,7 +54,7 @@ def batches(sizes: np.ndarray, width: int, budget: int = BATCH_BYTES) -> list[tu
     out = []
     for n in np.unique(padded[padded > 0]):
         members = np.flatnonzero(padded == n).astype(np.int32)
-        count = int(np.clip(budget // (4 * n * (width + 2 * min(width, WIDE) + 8 * n)), 1, len(members)))
+        count = int(np.clip(budget // cluster_bytes(n, width), 1, len(members)))
         members = np.pad(members, (0, -len(members) % count), constant_values=-1)
         out += [(int(n), batch) for batch in members.reshape(-1, count)]
     return out
@@ -96,7 +102,7 @@ def row_sums(x, sigma: float, precision: str = "float64", block: int = 2048) -> 
     order of the members, tile after tile: equal rows get equal sums, wherever the cuts fall, and so tie.
     """
     n = len(x)
-    block = min(block, int(padded_size(n)))
+    block = _even(n, block)
     sums = np.zeros(-(-n // block) * block)
     origin = np.asarray(x[:1], np.float32) if precision == "float32" else None
     with jax.enable_x64(True):
@@ -110,7 +116,7 @@ def row_sums(x, sigma: float, precision: str = "float64", block: int = 2048) -> 
 def kernel_rows(x, picked: np.ndarray, sigma: float, precision: str = "float64", block: int = 2048) -> np.ndarray:
     """The rows `picked` i[b] of one cluster's kernel matrix: f[n, D] → float64[b, n]; one pass over x, by blocks."""
     n = len(x)
-    block = min(block, int(padded_size(n)))
+    block = _even(n, block)
     out = np.zeros((len(picked), n))
     origin = np.asarray(x[:1], np.float32) if precision == "float32" else None
     left = np.asarray(x[picked])
@@ -121,6 +127,12 @@ def kernel_rows(x, picked: np.ndarray, sigma: float, precision: str = "float64",
             stop = min(j + block, n)
             out[:, j:stop] = np.asarray(_cross(left, right, np.float64(sigma), precision))[: len(picked), : stop - j]
     return out
+
+
+def _even(n: int, block: int) -> int:
+    """Rows of a block, at most `block` (for ever so few more rows one of 4 sizes an octave), of which all hold about
+    the same share of n."""
+    return min(block, int(padded_size(-(-n // -(-n // block)))))
 
 
 def _blocks(x, block: int, origin) -> Iterator[tuple[int, jax.Array]]:
@@ -152,7 +164,11 @@ def _kernel(a, b, sigma, precision: str, centre: bool = False):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _gram(x, sigma, precision: str):
-    return _kernel(x, x, sigma, precision, centre=precision == "float32")
+    def one(rows):
+        return _kernel(rows, rows, sigma, precision, centre=precision == "float32")
+
+    # XLA's CPU compiler makes a batched product at half the speed of single ones, a tenth where matrices are small
+    return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.map(one, x), default=one)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -169,5 +185,5 @@ def _tile_sums(a, b, columns, sigma, precision: str):
 
 @jax.jit
 def _masked_sum(kernel, sizes):
-    real = jnp.arange(kernel.shape[1])[None, :] < sizes[:, None]
-    return jnp.sum(jnp.where(real[:, :, None] & real[:, None, :], kernel, 0.0), axis=(1, 2))
+    real = (jnp.arange(kernel.shape[1])[None, :] < sizes[:, None]).astype(kernel.dtype)
+    return jnp.sum(real * jnp.sum(kernel * real[:, None, :], axis=2), axis=1)  # products fuse into sums, masks do not

@@ -67,8 +67,9 @@ def greedy_picks(
     for step in range(count):
         best = int(np.argmin(w))
         if slot[best] < 0:
-            ahead = np.argpartition(w, panel - 1)[:panel]
-            ahead = ahead[(slot[ahead] < 0) & np.isfinite(w[ahead]) & (ahead != best)]
+            missing = np.where(slot < 0, w, np.inf)
+            ahead = np.argpartition(missing, panel - 1)[:panel]
+            ahead = ahead[np.isfinite(missing[ahead]) & (ahead != best)]
             wanted = np.concatenate([[best], ahead])[:panel]
             if place + len(wanted) > held:
                 place = 0
@@ -150,7 +151,7 @@ def _means(kernel, sizes):
     """Mean kernel of each member to its cluster f64[B, n], and the mean of those f64[B]."""
     real = jnp.arange(kernel.shape[1], dtype=jnp.int32)[None, :] < sizes[:, None]
     count = jnp.maximum(sizes, 1).astype(kernel.dtype)[:, None]
-    mean = jnp.sum(jnp.where(real[:, None, :], kernel, 0.0), axis=2) / count
+    mean = jnp.sum(kernel * real[:, None, :].astype(kernel.dtype), axis=2) / count  # a mask would be a copy of kernel
     return real, mean, jnp.sum(jnp.where(real, mean, 0.0), axis=1, keepdims=True) / count
 
 

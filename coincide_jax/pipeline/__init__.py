@@ -105,6 +105,8 @@ def row_folder(workdir: Path, row: str, seed: int, headline: str, first_seed: in
 def table_rows(config: ConfigDict, sweep: Callable | None, given: Sequence[str]) -> dict[str, dict]:
     """`{row: {dotted key: value}}`; the first row is the headline. Without a sweep the run is its own and only row.
 
+    A value may be a function that takes the config and gives the value.
+
     Raises:
       UserError: a key `given` on the command line is one that the rows set.
     """
@@ -128,6 +130,7 @@ def table_rows(config: ConfigDict, sweep: Callable | None, given: Sequence[str])
 def row_config(config: ConfigDict, changes: dict, seed: int | None) -> ConfigDict:
     """The config of one row and seed: the seed reaches base, order and random picks, never features or clusters."""
     one = config.copy_and_resolve_references()
+    changes = {key: value(config) if callable(value) else value for key, value in changes.items()}
     seeds = {} if seed is None else dict.fromkeys(SEEDS, seed)
     one.update_from_flattened_dict(changes | seeds)
     return one.lock()
@@ -210,7 +213,6 @@ def run_others(
                 continue
             given = common[row] | share(one, folder, shared[:2], made, options)  # the base is each seed's own
             names = ("select", "train", "evaluate") if one.curriculum.pool == "coreset" else ("train", "evaluate")
-            names = (*(name for name in WARMUP if needed(one, name)), *names)
             if row != headline and "select.fraction" not in changes and "select" in top:
                 given["match"] = top["select"]
             run_row(one, folder, shared=given, names=[name for name in names if name in until], **options)

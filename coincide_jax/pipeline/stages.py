@@ -28,6 +28,7 @@ class Stage:
 
 WARMUP = ("cluster/warmup", "select/warmup")
 FEATURES = ("dataset", "extract")
+FOR_CLUSTERS = ("reference", "extract", "cluster", "select")
 KINDS = training.Kinds(one_arm=curriculum.ONE_ARM, of_tasks=curriculum.OF_TASKS, asks=curriculum.ASKS)
 
 
@@ -51,7 +52,7 @@ STAGES = (
     Stage("report", report.run, report.KEYS, report.STAGE_VERSION),
 )
 NAMES = tuple(stage.name for stage in STAGES)
-SHARED = ("dataset", "base", "reference", "extract", "cluster")  # what rows with the same settings have in common
+SHARED = ("dataset", "base", "reference", "extract", "cluster", *WARMUP)  # what rows of the same settings share
 SEEDS = ("base.seed", "train.seed", "select.seed")  # what `seeds` sets in every row
 
 
@@ -60,7 +61,7 @@ def external(config: ConfigDict, stage: Stage) -> dict[str, str]:
     flat, found = flatten(subset(config, stage.keys)), {}
     for key in ("dataset.records", "dataset.base_records", "evaluate.questions", "extract.features",
                 "cluster.centroids", "cluster.assignment", "target.path", "reference.path", "extract.image_encoder",
-                "extract.text_encoder"):  # fmt: skip
+                "extract.text_encoder", "curriculum.answers"):  # fmt: skip
         value = flat.get(key)
         if value and Path(str(value)).exists():
             found[key] = artifacts.identity(Path(str(value)))
@@ -93,6 +94,9 @@ def needed(config: ConfigDict, name: str) -> bool:
         return name in ("cluster", "select")
     if name == "base":
         return not config.target.path
+    # the arms are tasks, and the records of all of them may be drawn
+    if config.curriculum.name in curriculum.OF_TASKS and not config.curriculum.difficulty and name in FOR_CLUSTERS:
+        return False
     if name == "reference":  # it sees the answers of the pool
         return not config.reference.path and not config.extract.features and config.extract.reads == "all"
     asks = config.curriculum.name in curriculum.ASKS

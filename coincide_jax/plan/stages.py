@@ -149,7 +149,7 @@ def select(config, s: Sizes, devices: Devices) -> Cost:
     limit = density.stored_limit(share)
     if typical[0] <= limit:
         padded, batch = density.batches(typical, s.width, min(density.BATCH_BYTES, share))[0]
-        working = 4 * len(batch) * padded * (s.width + 2 * min(s.width, density.WIDE) + 8 * padded)
+        working = len(batch) * density.cluster_bytes(padded, s.width)
         cuts = f"batches of {len(batch)} clusters of {padded} rows"
         copied = 2 * len(batch) * padded * s.width
     else:

@@ -223,7 +223,7 @@ def cost(artefacts: Artefacts, table: dict) -> dict:
 
 def data(artefacts: Artefacts, table: dict) -> dict:
     """Records, parts and quarantine."""
-    return tables.data(artefacts)
+    return tables.data(artefacts, table)
 
 
 def provenance(artefacts: Artefacts, table: dict) -> dict:

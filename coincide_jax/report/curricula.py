@@ -56,10 +56,11 @@ def section(artefacts: Artefacts) -> dict:
                     | _learning(name, folder, np.asarray(tasks)[shares.argmax(1)])
                 )
                 spreads[name] = _spread(lines)
-    if not shown:
+    seen = watched(artefacts)
+    if not shown and not seen["lost"]:
         raise MissingError("train/curriculum.jsonl of a row with more than one arm")
-    spread = rounds.spread(spreads, figures.row_colours(list(artefacts.rows)))
-    return {"rows": shown, "spread": markupsafe.Markup(spread)} | watched(artefacts)
+    colours = figures.row_colours(list(artefacts.rows))
+    return {"rows": shown, "spread": markupsafe.Markup(rounds.spread(spreads, colours)) if shown else None} | seen
 
 
 def trained(artefacts: Artefacts, folder: pathlib.Path, lines: list[dict]) -> list[dict]:

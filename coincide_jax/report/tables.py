@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from coincide_jax.core import artifacts
 from coincide_jax.report.sources import Artefacts, MissingError
 
-STAGES = ("dataset", "base", "reference", "extract", "cluster", "select", "train", "evaluate")
-SELECTION = ("extract", "cluster", "select")
+WARMUP = ("cluster/warmup", "select/warmup")
+STAGES = ("dataset", "base", "reference", "extract", "cluster", "select", *WARMUP, "train", "evaluate")
+SELECTION = ("extract", "cluster", "select", *WARMUP)
+OWN = ("reference", "extract", "cluster", *WARMUP)  # what a row may have of its own, once for all its seeds
 EXAMPLES = 12  # quarantined records shown
 
 
@@ -119,6 +121,10 @@ def cost(artefacts: Artefacts) -> dict:
     rows = []
     for name, folders in artefacts.rows.items():
         entry = {"row": name, "seeds": len(folders)}
+        above = folders[0].parent
+        own = [seconds_of(artefacts.manifest(above / stage)) for stage in OWN] if above.name == name else []
+        own = [seconds for seconds in own if seconds is not None]
+        entry["own"] = duration(sum(own)) if own else "–"
         for stage in ("select", "train", "evaluate"):
             found = [seconds_of(artefacts.manifest(folder / stage)) for folder in folders]
             found = [seconds for seconds in found if seconds is not None]
@@ -138,7 +144,7 @@ def cost(artefacts: Artefacts) -> dict:
     }
 
 
-def data(artefacts: Artefacts) -> dict:
+def data(artefacts: Artefacts, table: dict) -> dict:
     """Parts of the data set and what was quarantined, by reason."""
     split = artefacts.split
     parts = [
@@ -151,6 +157,9 @@ def data(artefacts: Artefacts) -> dict:
         )
         if split.get(name) is not None
     ]
+    if not split.get("heldout"):  # questions of their own files
+        asked = sum(task["questions"] for task in table["tasks"])
+        parts[-1] = ("questions", asked, "asked in the evaluation; from files of their own")
     rows = []
     for stage in ("dataset", "extract"):
         try:

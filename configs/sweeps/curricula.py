@@ -51,9 +51,9 @@ def get_config(rows: str = "table") -> ConfigDict:
         config.curriculum.k = 60
         config.curriculum.watch = 200
     elif rows != "tiny":
-        config.dataset.drawn = dict(records=8000, heldout=600, base=8000, seed=0)
+        config.dataset.drawn = dict(records=16000, heldout=1800, base=16000, seed=0)
         config.dataset.share_dev = 0.04
-        config.base.epochs = 2.0
+        config.base.epochs = 4.0
         config.train.batch = config.train.micro_batch = 16
         config.curriculum.round_steps = 10
         config.curriculum.watch = 120
@@ -80,4 +80,7 @@ def sweep(add) -> None:
     add("skill_it", online | by_task)
     for name in ("coincide_plus", "exp3_ix"):
         add(f"{name}_rehearsal", online | {"curriculum.name": name, "curriculum.rehearsal": 0.2})
-    add("progress", online | {"curriculum.name": "progress", "curriculum.probe": 2, "extract.reads": "questions"})
+    # clusters of its own features, as many as the others have arms
+    own = {"cluster.k": lambda config: config.curriculum.k or config.cluster.k, "curriculum.k": 0}
+    own |= {"curriculum.name": "progress", "curriculum.probe": 2, "extract.reads": "questions"}
+    add("progress", online | own)

@@ -67,7 +67,7 @@ def test_batches_hold_each_cluster_once_and_keep_to_the_memory():
     shapes = {}
     for padded, batch in batches:
         assert np.all(sizes[batch[batch >= 0]] <= padded)
-        assert len(batch) == 1 or len(batch) * padded * (4 * 20480 + 8 * 2048 + 32 * padded) <= density.BATCH_BYTES
+        assert len(batch) == 1 or len(batch) * padded * (4 * 20480 + 8 * 2048 + 16 * padded) <= density.BATCH_BYTES
         assert shapes.setdefault(padded, len(batch)) == len(batch)
     assert np.sum([padded**2 * len(batch) for padded, batch in batches]) < 1.8 * np.sum(np.maximum(sizes, 8) ** 2)
 

@@ -101,7 +101,7 @@ def test_every_index_in_the_order_of_the_authors_program(seed, half):
 
 def test_parts_of_large_matrices_change_no_index():
     """Under so small a budget the matrices of all larger clusters are made in parts."""
-    x, centroids, assignment = arrays(0, 64)
+    x, centroids, assignment = arrays(0, 64, rows=900)
     expected = ours(x, centroids, assignment, 0.2)
     found = ours(x, centroids, assignment, 0.2, cache_mib=1)
     assert density.stored_limit((1 << 20) // 4) < np.bincount(assignment).max()
