@@ -2,7 +2,8 @@
 
 A budget is a number of records. Each record that is drawn for the first time takes one of it, and so does each record
 of a held-out probe, when it is measured first; drawing a record again, in a later epoch or as a replay, costs nothing.
-When the budget is used up the run goes on, if it has steps left, over the records that it has.
+When the budget is used up the run goes on, if it has steps left, over the records that it has. Skill-it asks for
+nothing: its budget, less the records of its probe, says how many steps it takes.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Spherical k-means: against faiss, and bitwise equal on any device count and chunk size."""
 
 import contextlib
+import gc
 
 import faiss
 import jax
@@ -140,6 +141,20 @@ def test_rows_closer_than_float32_are_decided_in_float64():
         with devices(count):
             labels, _ = kmeans.assign(x, c, chunk)
         np.testing.assert_array_equal(labels, nearest(x, c))
+
+
+def test_nothing_stays_on_the_devices():
+    """Without the help of the garbage collector: the features are most of what a device holds."""
+    x = blobs(rows=400)
+    fit(x, 12, product="bfloat16")
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(jax.live_arrays())
+        fit(x, 12, product="bfloat16")
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
 
 
 def test_float32_features_are_rounded_to_the_grid():

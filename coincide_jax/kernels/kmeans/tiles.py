@@ -110,7 +110,6 @@ class Tiles:
         self.per, self.chunk, self.count, self.resident = cut
         self.kept: list = [None] * self.count
         self._same = stored == self.dtype
-        self._cast = jax.jit(lambda x: x.astype(self.dtype))
 
     def span(self, tile: int) -> tuple[int, int]:
         """First row of a tile and the row after its last."""
@@ -125,7 +124,7 @@ class Tiles:
             x = jax.make_array_from_callback(
                 (self.chunk, self.width), self.by_rows, lambda at: self._read(first, at[0])
             )
-        return x, x if self._same else self._cast(x)
+        return x, x if self._same else _cast(x, self.dtype)
 
     def _read(self, first: int, at: slice) -> np.ndarray:
         begin, end, _ = at.indices(self.chunk)
@@ -188,3 +187,7 @@ class Tiles:
                 raise RowError(start + int(bad[0]), what)
             norms[start:stop], lost[start:stop] = np.sqrt(length[: stop - start]), cast[: stop - start]
         return norms, lost
+
+
+# not a method: what refers to its Tiles would keep the features on the devices until the next garbage collection
+_cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
