@@ -13,7 +13,7 @@ def recipe(**changes) -> ConfigDict:
     keys = ConfigDict(
         dict(
             seed=0,
-            mode="full",  # 'full': every parameter; 'lora': LoRA on the decoder and the whole projector
+            mode="full",  # full: every parameter; lora: LoRA on the decoder, and the projector; projector: it alone
             batch=32,  # records a step
             micro_batch=32,  # records a forward pass; a step's records are sorted by length, then cut into these
             epochs=1.0,  # passes over what the row holds (the pool or the coreset)
@@ -148,7 +148,7 @@ def defaults() -> ConfigDict:
                 tau=0.5,  # progress: temperature
                 delta=0.1,  # progress: exploration
                 positive_only=False,  # progress: only arms that improve, as in the authors' program
-                objective="loss",  # what a probe measures: loss | accuracy
+                objective="loss",  # what a probe measures: loss | accuracy (long answers: half of the tokens)
                 probe=0,  # records of each arm measured between rounds; 0 = the training losses serve
                 watch=0,  # records of the dev part measured between rounds, for the report alone
                 probe_from="heldout",  # heldout: taken out of the pool | seen (progress): trained on before

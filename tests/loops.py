@@ -55,7 +55,7 @@ def begin(mesh, cfg=CFG):
 
 def fit(
     out, mesh, *, params=None, sampler=SAMPLER, total=RECORDS, lag=0, round_steps=3, records=RECORDS, cfg=CFG,
-    more=None, exact=False, ask=None, **changes
+    more=None, objective="nll", ask=None, **changes
 ):  # fmt: skip
     """A run of five steps in rounds of three. more: further entries of `members`."""
     with jax.set_mesh(mesh), training.Termination() as stop:
@@ -74,7 +74,7 @@ def fit(
             mesh=mesh,
             out=out,
             stop=stop,
-            exact=exact,
+            objective=objective,
             ask=ask,
         )
 

@@ -74,7 +74,7 @@ def test_a_row_is_the_fall_of_the_probes_losses(tmp_path):
         measure = functools.partial(
             probe.measure, dataset=Synthetic(), chosen=given.draw.probed, batch=8, micro=8, threads=1, mesh=mesh
         )
-        before = measure(lambda batch: judge(params, {}, batch, False))
+        before = measure(lambda batch: judge(params, {}, batch, "nll"))
         after = np.load(tmp_path / "losses" / "1.npy")
     drop = np.maximum(before - after, 0)
     expected = drop / drop.max()

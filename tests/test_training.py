@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loops import CFG, RECORDS, Synthetic, begin, fit, lines, one_device, recipe
+from loops import ARMS, CFG, RECORDS, Synthetic, begin, fit, lines, one_device, recipe
+from ml_collections import ConfigDict
 
+from coincide_jax import curriculum
 from coincide_jax.core import artifacts, axes, precision
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import batches
@@ -20,6 +22,8 @@ from coincide_jax.models import vlm
 from coincide_jax.models.flops import Costs
 from coincide_jax.training import log as logs
 from coincide_jax.training import loop, stages
+from coincide_jax.training import state as states
+from coincide_jax.training import steps as compiled
 from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.state import Schedule
 from configs import common
@@ -166,6 +170,38 @@ def test_lora_trains_adapters_and_projector_and_leaves_the_base_alone(tmp_path):
         f"projector.{name}" for name in ("w1", "b1", "w2", "b2")
     }
     assert np.isfinite(summary["loss"])
+
+
+def test_the_projector_alone(tmp_path):
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        params = begin(mesh)
+    trained, summary = fit(tmp_path, mesh, params=params, mode="projector", projector_learning_rate=1e-2)
+    for top in ("vision", "decoder"):
+        assert_equal(trained[top], params[top])
+    assert not any(np.array_equal(trained["projector"][name], params["projector"][name]) for name in ("w1", "w2"))
+    kept = jax.eval_shape(lambda: states.divide(params, CFG, recipe(mode="projector"), jax.random.key(0), mesh)[0])
+    assert set(kept) == {"projector"} and np.isfinite(summary["loss"])
+
+
+def test_steps_take_nothing_from_the_host_unasked(tmp_path, monkeypatch):
+    """Nor does a round: whatever they are handed lies on the devices, put there by a call that says so."""
+
+    def closed(function):
+        def call(*arguments):
+            with jax.transfer_guard("disallow"):
+                return function(*arguments)
+
+        return function and call
+
+    real = compiled.compile_steps
+    monkeypatch.setattr(compiled, "compile_steps", lambda *a: compiled.Steps(*map(closed, real(*a))))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+        closed(jax.jit(lambda number: number + 1))(np.int32(1))
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ("wq",)}
+    probed = {"probed": np.arange(2 * ARMS).reshape(2, ARMS).T}
+    sampler = curriculum.make(ConfigDict(dict(common.defaults().curriculum) | {"name": "skill_it", "probe": 2}))
+    fit(tmp_path, axes.make_mesh(), mode="lora", lora=lora, sampler=sampler, more=probed)
 
 
 def test_the_projector_has_its_own_learning_rate(tmp_path):

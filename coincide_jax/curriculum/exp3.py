@@ -81,8 +81,9 @@ def exp3r(settings: Settings, facts: Pool | None) -> Sampler:
     Means are of exploration draws only. Which slots those are is not looked up: a slot of arm i was one with
     probability (gamma/K)/p_i, and counts as so much of one. An interval is over when every arm has `drift_draws` of
     them (Γ = gamma H/K of the paper); arms that ran out would hold it up for ever, so it also ends at four times as
-    many in all, and arms with fewer are then not compared. `drift` is the paper's 2ε, set by hand because the
-    published one exceeds the range of the rewards at the horizons of training.
+    many in all; arms with fewer are then not compared, nor believed in. (Who ran out is not told to updates: the arms
+    left are explored more than they are counted, so their intervals last longer.) `drift` is the paper's 2ε, set by
+    hand because the published one exceeds the range of the rewards at the horizons of training.
     """
     del facts
     least = settings.drift_draws
@@ -102,7 +103,7 @@ def exp3r(settings: Settings, facts: Pool | None) -> Sampler:
         gain = bandits.scatter(state.gain, arms, step.counts, gain)
         over = (draws >= least).all() | (draws.sum() >= 4.0 * least * k)
         means = gain / jnp.maximum(draws, 1e-6)
-        believed = jnp.argmax(raised)
+        believed = jnp.argmax(jnp.where(draws >= least, raised, -jnp.inf))
         better = (means - means[believed] >= settings.drift) & (draws >= least)
         drifted = over & better.any() & (draws[believed] >= least)
         return ResetState(

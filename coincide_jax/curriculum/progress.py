@@ -13,17 +13,20 @@ from coincide_jax.kernels.bandits import Sampler
 
 class ProgressState(NamedTuple):
     """now: f32[K], the last measurement J; times: int32[K], how often an arm was measured; progress: f32[K], Δ;
-    sizes: f32[K], records; period: training losses since the last measurement."""
+    sizes: f32[K], records; drawn: int32[K], slots that took one until now; period: training losses since the last
+    measurement."""
 
     now: jax.Array
     times: jax.Array
     progress: jax.Array
     sizes: jax.Array
+    drawn: jax.Array
     period: rewards.Period
 
 
 def progress(settings: Settings, facts: Pool | None) -> Sampler:
-    """p = (1 − delta) softmax(Δ/tau) + delta · records/Σ records, Δ = (J now − J before)/J before, held to [−1, 1].
+    """p = (1 − delta) softmax(Δ/tau) + delta · left/Σ left, Δ = (J now − J before)/J before, held to [−1, 1]; `left`
+    are an arm's records that no update has seen in this epoch.
 
     J is a loss (Δ then has the other sign: above 0 is progress) or an accuracy, `objective`. It is measured by the
     loop on `probe` records an arm, or, with probe = 0, it is the mean training loss of the arm in a round, which costs
@@ -37,7 +40,12 @@ def progress(settings: Settings, facts: Pool | None) -> Sampler:
     def init(arms: int) -> ProgressState:
         nothing = jnp.zeros(arms)
         return ProgressState(
-            nothing, jnp.zeros(arms, jnp.int32), nothing, offline.sizes(facts, arms), rewards.begin(arms)
+            nothing,
+            jnp.zeros(arms, jnp.int32),
+            nothing,
+            offline.sizes(facts, arms),
+            jnp.zeros(arms, jnp.int32),
+            rewards.begin(arms),
         )
 
     def probabilities(state: ProgressState, alive):
@@ -45,7 +53,8 @@ def progress(settings: Settings, facts: Pool | None) -> Sampler:
         if settings.positive_only:
             chosen &= state.progress > 0
         outside = alive & ~chosen if settings.positive_only else alive
-        rest = jnp.where(jnp.where(outside.any(), outside, alive), state.sizes, 0.0)
+        left = state.sizes - (state.drawn % state.sizes.astype(jnp.int32)).astype(jnp.float32)
+        rest = jnp.where(jnp.where(outside.any(), outside, alive), left, 0.0)
         explore = rest / jnp.maximum(rest.sum(), 1e-30)
         exploit = bandits.exponential(state.progress / settings.tau, chosen, 0.0)
         return jnp.where(chosen.any(), (1.0 - settings.delta) * exploit + settings.delta * explore, explore)
@@ -61,5 +70,10 @@ def progress(settings: Settings, facts: Pool | None) -> Sampler:
             progress=jnp.where(measured & (state.times > 0), change, 0.0),
         )
 
-    update = rewards.by_rounds(probe, settings)
+    by_rounds = rewards.by_rounds(probe, settings)
+
+    def update(state: ProgressState, arms, losses, weight) -> ProgressState:
+        fresh = jnp.where((arms >= 0) & (weight > 0), arms, state.drawn.shape[0])
+        return by_rounds(state, arms, losses, weight)._replace(drawn=state.drawn.at[fresh].add(1, mode="drop"))
+
     return Sampler(init, probabilities, update, probe=probe if settings.probe else None)

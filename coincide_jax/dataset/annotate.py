@@ -4,9 +4,12 @@
 it: those of the data set's own file (`OwnAnswers`), of another file (`FileAnswers`), or of anything else with a method
 `of`. It gives out the turns of a record only after that record was asked for, and writes down who was asked for, in
 order and on disk before the answer is handed out, so that an annotation that was paid for is never lost or paid twice.
+A file of answers may grow from one attempt of a run to the next; an answer that was read may not change, which a digest
+of it beside the list (`answered.jsonl`) tells.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -107,6 +110,10 @@ class Annotator:
             if record is None or record.id != line["id"]:
                 raise UserError(f"{path} asks for record {line['index']} ('{line['id']}'), which the data set has not")
             self.asked[line["index"]] = line["purpose"], line["step"]
+        self.digests = path.with_name("answered.jsonl")
+        artifacts.cut_jsonl(self.digests, lambda line: line["index"] in self.asked)
+        lines = artifacts.read_jsonl(self.digests) if self.digests.exists() else ()
+        self._read = {line["index"]: line["sha256"] for line in lines}
 
     def ask(self, rows: Sequence[int], purpose: str, steps: Sequence[int]) -> None:
         """Asks for the answers of records, each at its step; who was asked for before costs nothing.
@@ -160,15 +167,26 @@ class Annotator:
         return sum(found == purpose for found, _ in self.asked.values())
 
     def _fetch(self, rows: Sequence[int]) -> None:
-        missing = []
+        missing, fresh = [], {}
         for row in rows:
             record = self.records[row]
             answers = self.answers.of(record)
             if answers is None or len(answers) != len(record.turns):
                 missing.append((row, "no answers" if answers is None else f"{len(answers)} answers"))
                 continue
+            digest = hashlib.sha256(json.dumps(list(answers)).encode()).hexdigest()[:16]
+            if self._read.get(row, digest) != digest:
+                raise UserError(
+                    f"the answers to record '{record.id}' (row {row}) are others than those that {self.path.parent} "
+                    "was trained on until now; put them back, or begin again in another folder"
+                )
+            fresh |= {} if row in self._read else {row: digest}
             asked = (question for question, _ in record.turns)
             self._turns[row] = tuple(zip(asked, answers, strict=True))
+        if fresh:
+            with open(self.digests, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"index": row, "sha256": digest}) + "\n" for row, digest in fresh.items())
+            self._read |= fresh
         if missing:
             row, found = missing[0]
             record = self.records[row]

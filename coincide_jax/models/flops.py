@@ -66,9 +66,10 @@ def head(cfg: VLMConfig, rows: int, length: int) -> float:
 
 
 def training(cfg: VLMConfig, mode: str, rank: int, targets: tuple[str, ...]) -> Costs:
-    """mode: 'full', or 'lora' with adapters of `rank` on `targets`, the projector trained, the tower frozen."""
+    """mode: 'full', 'lora' with adapters of `rank` on `targets`, or 'projector'; in the last two the projector is
+    trained and the tower frozen."""
     tree, eye, full = vlm.abstract(cfg), cfg.vision, mode == "full"
-    adapters = 0 if full else products(lora.abstract(cfg, rank, targets))
+    adapters = 0 if mode != "lora" else products(lora.abstract(cfg, rank, targets))
     behind = 6 if full else 4  # a frozen weight behind something trained
     before = 6 if full else 2
     seen = eye.tokens + eye.extra

@@ -61,7 +61,7 @@ def external(config: ConfigDict, stage: Stage) -> dict[str, str]:
     flat, found = flatten(subset(config, stage.keys)), {}
     for key in ("dataset.records", "dataset.base_records", "evaluate.questions", "extract.features",
                 "cluster.centroids", "cluster.assignment", "target.path", "reference.path", "extract.image_encoder",
-                "extract.text_encoder", "curriculum.answers"):  # fmt: skip
+                "extract.text_encoder"):  # fmt: skip
         value = flat.get(key)
         if value and Path(str(value)).exists():
             found[key] = artifacts.identity(Path(str(value)))

@@ -172,10 +172,9 @@ def train(config, s: Sizes, devices: Devices, key: str = "train") -> tuple[Cost,
     slots = recipe.steps * recipe.batch or max(math.ceil(records * recipe.epochs - 1e-6), 1)
     found = training.of_recipe(config, s.target, recipe, key, devices)
     whole = flops.elements(vlm.abstract(s.target))
-    trained, adapter = whole, 0
+    trained = whole if recipe.mode == "full" else flops.elements(vlm.abstract(s.target)["projector"])
     if recipe.mode == "lora":
-        adapter = flops.elements(lora.abstract(s.target, recipe.lora.rank, recipe.lora.targets))
-        trained = adapter + flops.elements(vlm.abstract(s.target)["projector"])
+        trained += flops.elements(lora.abstract(s.target, recipe.lora.rank, recipe.lora.targets))
     written = 4 * whole * (2 if key == "train" else 1) + 4 * trained * (recipe.mode == "lora")
     disk = written + recipe.keep * 12 * trained
     host = 4 * whole + (config.dataset.cache_mib << 20)

@@ -112,8 +112,9 @@ def of_recipe(config, cfg: VLMConfig, recipe, key: str, devices: Devices) -> Mem
     if recipe.mode == "full":
         trained, parameters = sum(parts.values()), 2 * 4 * sum(parts.values())
     else:
-        adapters = elements(lora.abstract(cfg, recipe.lora.rank, recipe.lora.targets), mesh)
-        trained = adapters + parts["projector"]
+        trained = parts["projector"]
+        if recipe.mode == "lora":
+            trained += elements(lora.abstract(cfg, recipe.lora.rank, recipe.lora.targets), mesh)
         parameters = share * sum(parts.values()) + 4 * trained
     length, size = config.dataset.max_length, cfg.vision.image_size
     return Memory(
@@ -128,10 +129,10 @@ def of_recipe(config, cfg: VLMConfig, recipe, key: str, devices: Devices) -> Mem
 
 def ending(cfg: VLMConfig, recipe, parts: dict[str, int], held: float, mesh) -> float:
     """Bytes when the steps are over: `held` of them stay while LoRA is merged; then float32 beside the result."""
-    share = cfg.precision.dtype.itemsize if recipe.mode == "lora" else 4
+    share = 4 if recipe.mode == "full" else cfg.precision.dtype.itemsize
     whole = sum(parts.values())
     written = share * whole + 4 * whole if share < 4 else 4 * whole
-    if recipe.mode == "full":
+    if recipe.mode != "lora":
         return written
     blocks = vlm.abstract(cfg)["decoder"]["blocks"]
     sizes = [elements(leaf, mesh) for leaf in jax.tree.leaves(blocks, is_leaf=is_leaf)]
@@ -155,7 +156,7 @@ def activations(cfg: VLMConfig, recipe, *, rows: int, length: int, wide: int) ->
     saved, scores, layer = block_sets(cfg, rows, length, wide)
     block = saved + 3 * 4 * tokens * width + (2 if full else 1) * layer
     block += max(c * tokens * (4 * columns + 4 * width + 2 * queries), 2 * scores)
-    if not full and recipe.lora.dropout:
+    if recipe.mode == "lora" and recipe.lora.dropout:
         inputs = {"wo": queries, "down": columns}
         targets = lora.choose_targets(text, recipe.lora.targets)
         block += (3 * c + 1) * tokens * sum(inputs.get(name, width) for name in targets)

@@ -41,13 +41,13 @@ class ArmLog:
         """What a checkpoint has to carry: sum and number of the losses of each arm heard of since the last line."""
         return {str(arm): (float(self.total[arm]), int(self.count[arm])) for arm in np.flatnonzero(self.count)}
 
-    def write(self, step: int, judge: Callable, exact: bool | None) -> np.ndarray | None:
+    def write(self, step: int, judge: Callable, objective: str | None) -> np.ndarray | None:
         """Measures what there is to measure, writes the line, begins a new sum.
 
         Args:
           step: steps done.
-          judge: (exact: bool) → what `probe.values` asks, of the weights as they are now.
-          exact: whether the probe is of exact answers; None: there is no probe now.
+          judge: one of `steps.KINDS` → what `probe.values` asks, of the weights as they are now.
+          objective: what the probe measures, of the same; None: there is no probe now.
 
         Returns:
           What the probe measured, f32[K].
@@ -57,15 +57,15 @@ class ArmLog:
             means = self.total / np.maximum(self.count, 1)
             line["losses"] = _numbers(np.where(self.count > 0, means, np.nan))
             self.total[:], self.count[:] = 0.0, 0
-        if exact is not None:
+        if objective is not None:
             chosen = self.probed(step) if callable(self.probed) else self.probed
-            found = probe.measure(judge(exact), self.dataset, chosen, **self.reading)
+            found = probe.measure(judge(objective), self.dataset, chosen, **self.reading)
             line["probe"], measured["probe"] = _numbers(found), int(np.sum(chosen >= 0))
             seconds["probe"] = round(time.monotonic() - begin, 4)
         if len(self.watched):
             begin = time.monotonic()
             line["watch"] = {
-                name: _numbers(probe.values(judge(name == "exact"), self.dataset, self.watched, **self.reading))
+                name: _numbers(probe.values(judge(name), self.dataset, self.watched, **self.reading))
                 for name in ("nll", "exact")
             }
             measured["watch"], seconds["watch"] = len(self.watched), round(time.monotonic() - begin, 4)

@@ -2,8 +2,8 @@
 
 A budget is a number of records. Each record that is drawn for the first time takes one of it, and so does each record
 of a held-out probe, when it is measured first; drawing a record again, in a later epoch or as a replay, costs nothing.
-When the budget is used up the run goes on, if it has steps left, over the records that it has. Skill-it asks for
-nothing: its budget, less the records of its probe, says how many steps it takes.
+When the budget is used up the run goes on, if it has steps left, over the records that it has. Skill-it asks
+for nothing, but its records are counted alike; what the short runs of its skill graph read is not.
 """
 
 import dataclasses
@@ -114,15 +114,15 @@ class Draw:
         return plan.Limit(np.int32(self.total), first)
 
 
-def begin(draw: Draw, settings, inputs: dict[str, pathlib.Path], seed: int) -> None:
-    """Marks the warm-up of a run that asks for answers, and fixes the order of the records within their arms, the
-    warm-up first: a limit takes an order that stays the same.
+def begin(draw: Draw, settings, inputs: dict[str, pathlib.Path], seed: int, asks: tuple[str, ...]) -> None:
+    """Fixes the order of the records within their arms, the warm-up of a run that asks for answers first: a limit takes
+    an order that stays the same.
 
     Raises:
       UserError: the warm-up was never chosen.
     """
     draw.rank = np.random.default_rng([seed, len(draw.records)]).permutation(len(draw.records))
-    if not settings.warmup:
+    if not (settings.warmup and settings.name in asks):
         return
     if WARMUP not in inputs:
         raise UserError(

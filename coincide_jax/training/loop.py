@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -85,7 +86,7 @@ def fit(
     mesh,
     out: pathlib.Path,
     stop: Termination,
-    exact: bool = False,
+    objective: str = "nll",
     at_end: Callable[[dict], None] | None = None,
     ask: Callable[[np.ndarray, int], None] | None = None,
 ) -> tuple[dict, dict]:
@@ -99,7 +100,7 @@ def fit(
         function step → int[arms, P] (-1: none) of them; watched int[n], records that are measured for the report alone;
         limit, a `plan.Limit` of what is drawn.
       sampler: init, probabilities, update.
-      exact: whether a probe measures exact answers instead of losses.
+      objective: what a probe measures, of `steps.KINDS`.
       total_records: records of one epoch of this run; the recipe's epochs or steps make the length of it.
       round_steps: S, steps between two draws.
       lag: 0 draws a round after the last update, 1 a round earlier, so that reading overlaps.
@@ -123,7 +124,6 @@ def fit(
     steps, slots = recipe.length(total_records)
     arms = members["arms"]
     table = plan.members(members["records"], members["arm"], arms, members.get("rank"))
-    limit = members.get("limit")
     _claim(
         out,
         {
@@ -139,11 +139,15 @@ def fit(
             "precision": cfg.precision.compute,
         },
     )
-    table = jax.device_put(table, jax.NamedSharding(mesh, jax.P()))
+    whole = jax.NamedSharding(mesh, jax.P())
     trained, frozen = states.divide(params, cfg, recipe, jax.random.key(recipe.seed), mesh)
     scaled = cfg.precision.loss_scale
     state = states.start(trained, recipe, sampler, arms, 1 + lag, round_steps, loss_scale=scaled)
-    run, schedule = compiled.compile_steps(cfg, recipe, sampler), states.Schedule.of(recipe, steps)
+    run = compiled.compile_steps(cfg, recipe, sampler)
+    # nothing that a step takes is copied to the devices unasked
+    rest = table, members.get("limit"), states.Schedule.of(recipe, steps), np.int32(slots)
+    table, limit, schedule, slots = jax.device_put(rest, whole)
+    on_devices = functools.cache(lambda number: jax.device_put(np.int32(number), whole))
     accumulator = jax.jit(compiled.empty, static_argnums=1)(state.params, recipe.batch)
     share = mesh.shape["data"]  # devices that share the rows of a batch
 
@@ -160,8 +164,8 @@ def fit(
     heard = ArmLog(out / "arms.jsonl", arms, step, members, dataset, reading, notes.get("heard", {}))
     log, ahead = Log(out, step, heard, costs, peak, tensorboard=recipe.tensorboard), None
 
-    def judge(exact: bool) -> Callable:
-        return lambda batch, params=state.params: run.judge(params, frozen, batch, exact)
+    def judge(kind: str) -> Callable:
+        return lambda batch, params=state.params: run.judge(params, frozen, batch, kind)
 
     attention = layers.attention_used(cfg.decoder.head_dim, dataset.buckets[-1], cfg.precision.dtype)
     say(name, f"{steps} steps of {recipe.batch} records · {len(members['records'])} records in {arms} arms")
@@ -175,13 +179,12 @@ def fit(
         while step < steps:
             number, first = divmod(step, round_steps)
             if first == 0:
-                values = log.arms.write(step, judge, exact if run.learn else None)
+                values = log.arms.write(step, judge, objective if run.learn else None)
                 if run.learn:
-                    values = jax.device_put(values, jax.NamedSharding(mesh, jax.P()))
-                    state = state.replace(sampler=run.learn(state.sampler, values))
+                    state = state.replace(sampler=run.learn(state.sampler, jax.device_put(values, whole)))
                 log.measured()
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
-                state, p = run.draw(state, table, np.int32(drawn), np.int32(slots), limit)
+                state, p = run.draw(state, table, on_devices(drawn), slots, limit)
                 log.rounds.write(round=drawn, drawn_at=step, **_round(state, p))
             records, arms_of = jax.device_get((state.plan.records, state.plan.arms[0]))
             for later, rows in enumerate(records if ask else ()):
@@ -194,7 +197,7 @@ def fit(
                 for index, batch in enumerate(micro_batches):
                     if batch["valid"].any():
                         batch = axes.put_batch(batch, mesh)
-                        where = (state.key, state.step, np.int32(index), *((state.scale.scale,) if scaled else ()))
+                        where = (state.key, state.step, on_devices(index), *((state.scale.scale,) if scaled else ()))
                         accumulator = run.micro(state.params, frozen, accumulator, batch, *where)
                 state, accumulator, metrics = run.apply(state, accumulator, schedule)
                 step += 1
@@ -216,8 +219,8 @@ def fit(
     )
     if at_end is not None:
         at_end(state.params)
-    whole, adapters = states.unite(state.params, frozen)
-    return (whole if adapters is None else lora.merge(whole, adapters, recipe.lora_scale)), summary
+    tree, adapters = states.unite(state.params, frozen)
+    return (tree if adapters is None else lora.merge(tree, adapters, recipe.lora_scale)), summary
 
 
 def _round(state: states.TrainState, p: jax.Array) -> dict:

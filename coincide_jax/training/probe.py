@@ -1,4 +1,4 @@
-"""What is measured between two rounds: a few records of every arm, by their loss or by exact answers.
+"""What is measured between two rounds: a few records of every arm, by their loss or by right answers.
 
 A probe is a forward pass over records that stay the same through the run. Its steps are no training steps: nothing is
 learned, no record is used up.

@@ -132,7 +132,7 @@ def _losses(trial: Trial, params: dict) -> np.ndarray:
     """Mean loss (nats) of each task's probe records under these weights, f32[K]."""
     judge = compiled.compile_steps(trial.cfg, dataclasses.replace(trial.recipe, mode="full"), bandits.UNIFORM).judge
     return probe.measure(
-        lambda batch: judge(params, {}, batch, False),
+        lambda batch: judge(params, {}, batch, "nll"),
         trial.data,
         trial.draw.probed,
         batch=trial.recipe.batch,

@@ -97,22 +97,29 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
     settings, seed = config.curriculum, config.train.seed
     asks, of_tasks = settings.name in kinds.asks, settings.name in kinds.of_tasks
     draw, names = _draw(config, inputs, split, out, kinds)
-    difficulty = _difficulty(draw.records, settings, inputs)
-    if asks:
-        asking.begin(draw, settings, inputs, seed)
-    given = draw.records, draw.arm, draw.arms, difficulty
-    sampler, rank = prepare(settings, *given)
-    if asks:  # the order of `begin` stays through all epochs
-        sampler, rank = sampler._replace(shuffle=False), draw.rank
-    draw.rank, budget = rank, draw.total
+    budget, budgeted = draw.total, asks or of_tasks
+    if budgeted:
+        asking.begin(draw, settings, inputs, seed, kinds.asks)
+
+    def prepared(graph=None):
+        difficulty = _difficulty(draw.records, settings, inputs)
+        sampler, rank = prepare(settings, draw.records, draw.arm, draw.arms, difficulty, graph=graph)
+        # under a budget the order of `begin` stays through all epochs
+        return (sampler._replace(shuffle=False), draw.rank) if budgeted else (sampler, rank)
+
+    sampler, rank = prepared()
     if sampler.probe and settings.probe_from == "heldout":
         asking.hold_out(draw, settings.probe, seed)
-    if asks or of_tasks:
+        sampler, rank = prepared()  # of the records that are left
+    draw.rank = rank
+    if budgeted:
         asking.check_budget(draw, config.train.batch)
-    if settings.visits and draw.arms > settings.round_steps * config.train.batch:
+    room = settings.round_steps * (1 if sampler.per_step else config.train.batch)
+    if settings.visits and draw.arms > room:
         raise UserError(
             f"curriculum.visits promises every arm a visit, but a round of {settings.round_steps} steps has room for "
-            f"{settings.round_steps * config.train.batch} of {draw.arms} arms; take fewer arms by curriculum.k"
+            f"{room} of {draw.arms} arms; take fewer arms by curriculum.k"
+            + (", or curriculum.draw=sample" if sampler.per_step else "")
         )
     folder = pathlib.Path(config.target.path) if config.target.path else inputs["base"]
     recipe = Recipe.from_config(config.train, "train")
@@ -126,7 +133,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
     asker = asking.annotator(data, settings, out / "annotations.jsonl", budget, known) if asks else None
     if sampler.probe:
         members["probed"] = asking.probes(draw, settings, asker, seed)
-    if asks:
+    if budgeted:
         members["limit"] = draw.limit()
     if draw.arms > 1:  # for the report: the arm of every row of the file, -1 = none
         number = np.full(split["n"], -1, np.int32)
@@ -137,7 +144,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
         if of_tasks and settings.graph != "identity":
             trial = skills.Trial(params, cfg, data, draw, recipe, settings, config.dataset.threads, mesh, stop)
             graph, cost = skills.learn(trial, names, out / "skills")
-            sampler, _ = prepare(settings, *given, graph=graph)
+            sampler, _ = prepared(graph)
             more = {"graph_steps": cost}
         params, summary = fit(
             name="train",
@@ -154,7 +161,7 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
             mesh=mesh,
             out=out,
             stop=stop,
-            exact=settings.objective == "accuracy",
+            objective="accuracy" if settings.objective == "accuracy" else "nll",
             at_end=exporter if recipe.mode == "lora" else None,
             ask=asker and asker.ask_round,
         )
@@ -221,9 +228,10 @@ def _records(config, inputs: dict[str, pathlib.Path], split: dict) -> tuple[np.n
 
 def _watched(dev: np.ndarray, count: int) -> np.ndarray:
     """`count` records of the dev part, drawn by fixed seed, the same in every row and seed: int64[count]."""
-    if not 0 < count <= len(dev):
+    if not 3 <= count <= len(dev):  # shown in thirds
         raise UserError(
-            f"curriculum.watch is {count}; expected 0 to {len(dev)}, the records of the dev part (dataset.share_dev)"
+            f"curriculum.watch is {count}; expected 0 (none), or 3 to {len(dev)}, the records of the dev part "
+            "(dataset.share_dev)"
         )
     return np.sort(np.random.default_rng(0).permutation(dev)[:count])
 
@@ -291,9 +299,9 @@ def _arms(records: np.ndarray, config, inputs: dict[str, pathlib.Path], out: pat
 
 
 def _open(folder: pathlib.Path, split: dict, config, mesh, recipe: Recipe) -> tuple[dict, dict, VLMConfig, Dataset]:
-    """Weights, card, configuration of a model folder, and the pool's records as this model reads them. What LoRA leaves
+    """Weights, card, configuration of a model folder, and the pool's records as this model reads them. What stays
     frozen is held in the compute type."""
-    storage = "compute" if recipe.mode == "lora" else "float32"
+    storage = "float32" if recipe.mode == "full" else "compute"
     params, cfg, card = hf.load(folder, mesh, config.device.precision, storage=storage)
     if not isinstance(cfg, VLMConfig):
         raise UserError(f"target.path: {folder} holds no vision-language model; expected vision tower and decoder")

@@ -16,7 +16,7 @@ from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.kernels import plan
 from coincide_jax.models import layers, lora
 
-MODES = ("full", "lora")
+MODES = ("full", "lora", "projector")
 MEANS = ("tokens", "records", "micro_batch")
 
 
@@ -154,7 +154,8 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def divide(params: dict, cfg, recipe: Recipe, key: jax.Array, mesh) -> tuple[dict, dict]:
-    """The trained and the frozen tree: everything and nothing, or LoRA with the projector and the rest.
+    """The trained and the frozen tree: everything and nothing, LoRA with the projector and the rest, or the projector
+    alone (the pre-training of LLaVA's first stage) and the rest.
 
     The trained tree is a float32 copy: steps overwrite it, and the caller's weights stay as they are. What is frozen
     stays in the type that it was loaded in.
@@ -165,13 +166,15 @@ def divide(params: dict, cfg, recipe: Recipe, key: jax.Array, mesh) -> tuple[dic
 
     if recipe.mode == "full":
         return copy(params), {}
-    adapters = layers.init(lora.abstract(cfg, recipe.rank, recipe.targets), key, mesh)
     frozen = {top: tree for top, tree in params.items() if top != "projector"}
-    return {"lora": adapters, "projector": copy(params["projector"])}, frozen
+    trained = {"projector": copy(params["projector"])}
+    if recipe.mode == "lora":
+        trained["lora"] = layers.init(lora.abstract(cfg, recipe.rank, recipe.targets), key, mesh)
+    return trained, frozen
 
 
 def unite(trained: dict, frozen: dict) -> tuple[dict, dict | None]:
-    """The model's whole tree and the LoRA tree (None in mode 'full')."""
+    """The model's whole tree and the LoRA tree (None but in mode 'lora')."""
     whole = {**frozen, **{top: tree for top, tree in trained.items() if top != "lora"}}
     return whole, trained.get("lora")
 

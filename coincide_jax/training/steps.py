@@ -20,6 +20,9 @@ from coincide_jax.kernels import bandits, plan
 from coincide_jax.models import vlm
 from coincide_jax.training.state import Recipe, Schedule, TrainState, optimizer, unite
 
+KINDS = ("nll", "exact", "accuracy")
+SHORT = 16  # tokens of a short answer, with the one that ends it; hardly any longer one is ever said word by word
+
 
 class Accumulator(NamedTuple):
     """Sums over the micro-batches of a step, float32.
@@ -38,8 +41,9 @@ class Accumulator(NamedTuple):
 
 class Steps(NamedTuple):
     """micro(params, frozen, accumulator, batch, key, step, number, scale f32[] or None) → accumulator;
-    judge(params, frozen, batch, exact) → (f32[b], bool[b]): each row's mean token NLL, or with `exact` 1 where every
-      supervised token is the likeliest (what greedy decoding would then say), and whether it has supervised tokens;
+    judge(params, frozen, batch, kind) → (f32[b], bool[b]): for each row one of `KINDS`, and whether it has supervised
+      tokens: 'nll', the mean of theirs; 'exact', 1 where each of them is the likeliest (what greedy decoding would then
+      say); 'accuracy', the same for answers of up to `SHORT` tokens, and for longer ones 1 where half of them are;
     apply(state, accumulator, schedule) → (state, empty accumulator, metrics);
     draw(state, members, number, slots, limit) → (state, p f32[K]), with `slots` of the run's plan holding a record,
       within a `plan.Limit` or None;
@@ -69,6 +73,17 @@ def record_nll(params: dict, batch: dict, cfg, **options) -> tuple[jax.Array, ja
     records = jnp.arange(batch["valid"].shape[0])[:, None, None]
     own = records == batch["record"][None]
     return tuple(jnp.where(own, part[None], 0.0).sum((1, 2)) for part in (nll, batch["labels"].astype(jnp.float32)))
+
+
+def graded(asked: jax.Array, right: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    """Whether answers are right, f32[b] by 'exact' or 'accuracy' of `KINDS`, and their lengths in tokens f32[b].
+
+    Args:
+      asked, right: bool[b, T], the supervised tokens, and the tokens that would be said.
+    """
+    tokens, found = (part.astype(jnp.float32).sum(-1) for part in (asked, asked & right))
+    wanted = jnp.where((kind == "exact") | (tokens <= SHORT), tokens, 0.5 * tokens)
+    return (found >= wanted).astype(jnp.float32), tokens
 
 
 def compile_steps(cfg, recipe: Recipe, sampler) -> Steps:
@@ -119,17 +134,17 @@ def _of_model(cfg, recipe: Recipe) -> tuple:
         )
 
     @functools.partial(jax.jit, static_argnums=3)
-    def judge(params, frozen, batch, exact: bool):
+    def judge(params, frozen, batch, kind: str):
         whole, adapters = unite(params, frozen)
         options = {} if adapters is None else {"lora": (adapters, recipe.lora_scale, 0.0)}
-        if not exact:
+        if kind == "nll":
             nll, tokens = record_nll(whole, batch, cfg, **options)
             value = nll / jnp.maximum(tokens, 1.0)
         else:
             scores = vlm.logits(whole, vlm.forward(whole, batch, cfg, **options).hidden, cfg)
             asked = batch["labels"][:, 1:]
             right = jnp.argmax(scores[:, :-1], axis=-1).astype(jnp.int32) == batch["tokens"][:, 1:]
-            value, tokens = jnp.all(right | ~asked, axis=1).astype(jnp.float32), asked.astype(jnp.float32).sum(-1)
+            value, tokens = graded(asked, right, kind)
         return jax.reshard((value, tokens > 0), jax.P(None))
 
     return micro, judge

@@ -175,10 +175,10 @@ class Exp3R(Exp3):
                 self.draws[arm] += explored
                 self.gain[arm] += explored * reward
         if min(self.draws) >= least or sum(self.draws) >= 4 * least * self.k:
-            believed = int(np.argmax(self.log_w))
             compared = [i for i in range(self.k) if self.draws[i] >= least]
             means = {i: self.gain[i] / self.draws[i] for i in compared}
-            if believed in means and any(means[i] - means[believed] >= self.keys["drift"] for i in compared):
+            believed = max(compared, key=lambda i: self.log_w[i], default=None)
+            if compared and any(means[i] - means[believed] >= self.keys["drift"] for i in compared):
                 self.log_w, self.resets = np.zeros(self.k), self.resets + 1
             self.draws, self.gain = np.zeros(self.k), np.zeros(self.k)
 
@@ -260,6 +260,13 @@ class Rounds(Slow):
 class Progress(Rounds):
     def begin(self):
         self.j, self.times, self.delta = {}, [0] * self.k, np.zeros(self.k)
+        self.left = self.sizes.copy()
+
+    def update(self, arms, losses, weight):
+        super().update(arms, losses, weight)
+        for arm, w in zip(arms, weight, strict=True):
+            if w > 0:
+                self.left[arm] = self.left[arm] - 1 or self.sizes[arm]  # an epoch begins
 
     def measured(self, means):
         self.delta = np.zeros(self.k)
@@ -276,7 +283,7 @@ class Progress(Rounds):
         if self.keys["positive_only"]:
             chosen = [c and d > 0 for c, d in zip(chosen, self.delta, strict=True)]
         outside = np.asarray(alive) & ~np.asarray(chosen) if self.keys["positive_only"] else np.asarray(alive)
-        rest = self.sizes * (outside if outside.any() else alive)
+        rest = self.left * (outside if outside.any() else alive)
         if not any(chosen):
             return rest / rest.sum()
         share = self.keys["delta"]

@@ -41,8 +41,8 @@ def run(out, row: dict, mesh, count=RECORDS, watched=None, **changes):
         more["probed"] = probe.choose(records, arm, arms, settings.probe, 0)
     if watched is not None:
         more["watched"] = watched
-    exact = settings.objective == "accuracy"
-    return fit(out, mesh, sampler=sampler, more=more, exact=exact, records=count, total=72, **changes)
+    objective = "accuracy" if settings.objective == "accuracy" else "nll"
+    return fit(out, mesh, sampler=sampler, more=more, objective=objective, records=count, total=72, **changes)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,16 @@ def test_watching_measures_and_changes_nothing(tmp_path):
     assert 0.8 < mean / np.mean([line["loss"] for line in steps]) < 1.25  # the steps' mean is over tokens
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_what_a_probe_measures(exact):
+def test_which_answers_are_right():
+    asked = np.arange(40) < np.array([[16], [16], [17], [17], [40], [0]])
+    right = asked & (np.arange(40) >= np.array([[0], [1], [8], [9], [20], [0]]))
+    accuracy, tokens = compiled.graded(asked, right, "accuracy")
+    assert accuracy.tolist() == [1, 0, 1, 0, 1, 1] and tokens.tolist() == [16, 16, 17, 17, 40, 0]
+    assert compiled.graded(asked, right, "exact")[0].tolist() == [1, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["nll", "exact"])
+def test_what_a_probe_measures(kind):
     """Against logits of the whole batch in float64."""
     mesh, data, records = one_device(), Synthetic(), np.arange(12)
     chosen = probe.choose(records, records % ARMS, ARMS, 3, seed=1)
@@ -112,7 +120,7 @@ def test_what_a_probe_measures(exact):
     with jax.set_mesh(mesh):
         params, judge = begin(mesh), compiled.compile_steps(CFG, recipe(), sampler).judge
         found = probe.measure(
-            lambda batch: judge(params, {}, batch, exact), data, chosen, batch=8, micro=4, threads=1, mesh=mesh
+            lambda batch: judge(params, {}, batch, kind), data, chosen, batch=8, micro=4, threads=1, mesh=mesh
         )
         scores_of = jax.jit(lambda params, batch: vlm.logits(params, vlm.forward(params, batch, CFG).hidden, CFG))
         expected = np.full(chosen.shape, np.nan)
@@ -124,7 +132,7 @@ def test_what_a_probe_measures(exact):
                 said, right = logits[row, places - 1], batch["tokens"][row, places]
                 if len(places):
                     nll = np.log(np.exp(said).sum(1)) - said[np.arange(len(places)), right]
-                    expected.flat[slot] = (said.argmax(1) == right).all() if exact else nll.mean()
+                    expected.flat[slot] = (said.argmax(1) == right).all() if kind == "exact" else nll.mean()
     np.testing.assert_allclose(found, np.nanmean(expected, axis=1), rtol=1e-5, atol=1e-6)
 
 

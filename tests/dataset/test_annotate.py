@@ -82,6 +82,18 @@ def test_a_file_of_answers_may_grow_while_the_run_waits(tmp_path):
     assert again.turns(VIEW[1]) == (("asked 1.0", "a"), ("asked 1.2", "b")) and len(asked(log)) == 3
 
 
+def test_an_answer_that_was_read_may_not_change(tmp_path):
+    path, log = tmp_path / "answers.jsonl", tmp_path / "annotations.jsonl"
+    lines = ['{"id": "r0", "answers": ["no"]}', '{"id": "r2", "answers": ["yes"]}', '{"id": "r4", "answers": ["x"]}']
+    path.write_text("\n".join(lines))
+    start(log, answers=annotate.FileAnswers(path)).ask([0, 2], "train", [0, 0])
+    path.write_text("\n".join(lines).replace('"x"', '"y"'))  # nobody has read it
+    start(log, answers=annotate.FileAnswers(path)).ask([0, 2, 4], "train", [0, 0, 1])
+    path.write_text("\n".join(lines).replace('"yes"', '"no"'))
+    with pytest.raises(UserError, match=r"the answers to record 'r2' \(row 2\) are others than .* put them back, or"):
+        start(log, answers=annotate.FileAnswers(path)).ask([0, 2], "train", [0, 0])
+
+
 @pytest.mark.parametrize("line", ['{"id": "r0"}', '{"answers": ["x"]}', '["x"]', '{"id": "r0", "answers": [" "]}'])
 def test_a_line_that_is_no_annotation(tmp_path, line):
     (tmp_path / "answers.jsonl").write_text(line + "\n")
