@@ -227,6 +227,29 @@ def test_duplicates_drop_clusters_and_a_row_that_is_not_finite_is_named(data, ca
                 run(folder, extract=False, k=9, **keys)
 
 
+@pytest.mark.parametrize("keys", [{}, {"max_points_per_centroid": 20}, {"centre": True}])
+def test_a_sketch_names_the_row_that_is_not_finite(data, keys):
+    """Not the first one, which a basis with NaN in it makes look bad as well, and by its number in the file."""
+    folder, x = data
+    for value, row in ((np.nan, 57), (np.inf, N - 1)):
+        wrong = x.copy()
+        wrong[row, 3], wrong[5, 0] = value, value  # row 5 is not in the pool
+        np.save(folder / "features.npy", wrong)
+        with pytest.raises(UserError, match=f"features.npy: row {row} is not finite"):
+            run(folder, extract=False, mode="sketch", sketch_rank=20, **keys)
+
+
+def test_what_linear_algebra_finds_is_one_sentence(data, monkeypatch):
+    folder, _ = data
+
+    def fails(_):
+        raise np.linalg.LinAlgError("Eigenvalues did not converge")
+
+    monkeypatch.setattr(np.linalg, "eigh", fails)
+    with pytest.raises(UserError, match="Eigenvalues did not converge"):
+        run(folder, mode="sketch", sketch_rank=20)
+
+
 def test_collapsed_features_are_told(data, capsys):
     folder, x = data
     x = np.ones_like(x) + x / 10

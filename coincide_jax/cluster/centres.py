@@ -1,9 +1,11 @@
 """Runs k-means for the stage: budget, start, mode, checkpoints, what is shown meanwhile."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -58,52 +60,72 @@ def find(keys, usable, out: pathlib.Path, mesh) -> tuple[np.ndarray, np.ndarray,
             f"warning: cluster.k={keys.k} is above the {len(usable)} valid records; going on with {k}: "
             "every record is a cluster of its own, and nothing is left to choose inside it; a tenth as many tell more",
         )
-    memory, sample = keys.memory_mib << 20, usable
+    result, labels, told = _fit(keys, usable, k, keys.seed, out)
+    history = {name: getattr(result, name).tolist() for name in kmeans.HISTORY}
+    history["moved_share"] = (result.moved / len(result.assignment)).tolist()
+    if told:
+        history["sketch"] = told
+    return result.centroids, labels, history, {"resident": result.resident} | ({"sketch": told} if told else {})
+
+
+def _fit(keys, usable, k: int, seed: int, out: pathlib.Path) -> tuple[kmeans.KMeansResult, np.ndarray, dict]:
+    """What k-means makes of the usable rows, or of a sample of them; labels i32[n] of all; what the sketch was."""
+    memory, sample, chosen = keys.memory_mib << 20, usable, np.arange(len(usable))
     most = keys.max_points_per_centroid * k
     if 0 < most < len(usable):
-        chosen = np.sort(np.random.default_rng(keys.seed).permutation(len(usable))[:most])
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(usable))[:most])
         sample = Rows(usable, chosen)
         say("cluster", f"centroids from {most} of {len(usable)} records (cluster.max_points_per_centroid)")
-    settings = {"seed": keys.seed, "iterations": keys.iterations, "chunk": keys.chunk, "memory": memory}
+    settings = {"seed": seed, "iterations": keys.iterations, "chunk": keys.chunk, "memory": memory}
+    settings["product"] = keys.product
     start, told, resume = keys.init, {}, _resume(out / STATE, len(sample), k, sample.shape[1])
-    notes = out / "sketch.json"  # a resumed run begins behind the sketch and still says what it was
-    if keys.mode == "sketch" and resume is not None and notes.exists():
-        told = artifacts.read_json(notes)
-    elif keys.mode == "sketch" and resume is None:
-        begin = time.perf_counter()
-        first, told = sketch.start(sample, k, rank=keys.sketch_rank, init=start, **settings)
-        start = start if first is None else first
-        told["seconds"] = time.perf_counter() - begin
-        artifacts.write_json(notes, told)
-        what = "too little: all iterations are exact" if first is None else f"{told['iterations']} iterations there"
-        say("cluster", f"sketch of {told['rank']} directions with {told['energy']:.1%} of the squared lengths: {what}")
-    with Progress("cluster", keys.iterations, "iterations") as progress:
-        progress.advance(0 if resume is None else len(resume.history))
-        try:
+    notes, tiles = out / "sketch.json", None  # a resumed run begins behind the sketch and still says what it was
+    with _told(chosen):
+        if keys.mode == "sketch" and resume is not None and notes.exists():
+            told = artifacts.read_json(notes)
+        elif keys.mode == "sketch" and resume is None:
+            begin = time.perf_counter()
+            tiles = kmeans.lay_out(sample, k, keys.chunk, memory, keys.product)
+            first, told = sketch.start(sample, k, rank=keys.sketch_rank, init=start, source=tiles, **settings)
+            start = start if first is None else first
+            told["seconds"] = time.perf_counter() - begin
+            artifacts.write_json(notes, told)
+            what = "too little: all iterations are exact" if first is None else f"{told['iterations']} iterations there"
+            say(
+                "cluster",
+                f"sketch of {told['rank']} directions with {told['energy']:.1%} of the squared lengths: {what}",
+            )
+        with Progress("cluster", keys.iterations, "iterations") as progress:
+            progress.advance(0 if resume is None else len(resume.history))
             result = kmeans.fit(
                 sample,
                 k,
                 **settings,
                 init=start,
-                product=keys.product,
                 tolerance=POLISH if keys.mode == "sketch" else None,
                 on_iteration=lambda at: progress.advance(1, _note(at, len(sample))),
                 on_state=lambda state: _save(out / STATE, state),
                 state_every=keys.checkpoint_every,
                 resume=resume,
+                tiles=tiles,
             )
-        except kmeans.RowError as error:  # of the sample: named by its row among the usable ones
-            raise kmeans.RowError(error.row if sample is usable else int(chosen[error.row]), error.what) from error
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    labels = result.assignment
-    if sample is not usable:
+    if sample is usable:
+        return result, result.assignment, told
+    tiles = None  # their memory is wanted for the others
+    with _told(np.arange(len(usable))):
         labels, _ = kmeans.assign(usable, result.centroids, keys.chunk, memory, keys.product)
-    history = {name: getattr(result, name).tolist() for name in kmeans.HISTORY}
-    history["moved_share"] = (result.moved / len(sample)).tolist()
-    if told:
-        history["sketch"] = told
-    return result.centroids, labels, history, {"resident": result.resident} | ({"sketch": told} if told else {})
+    return result, labels, told
+
+
+@contextlib.contextmanager
+def _told(rows: np.ndarray) -> Iterator[None]:
+    """Names a row of `rows` by its number among the usable ones; turns what else is wrong into one sentence."""
+    try:
+        yield
+    except kmeans.RowError as error:
+        raise kmeans.RowError(int(rows[error.row]), error.what) from error
+    except ValueError as error:  # a LinAlgError too
+        raise UserError(str(error)) from error
 
 
 def _note(at: dict, rows: int) -> str:

@@ -179,3 +179,38 @@ def test_a_sketch_says_what_it_holds():
     polished = fit(x, init=start, tolerance=3e-4)
     assert polished.objective[-1] > fit(x).objective[-1] * 0.99 and polished.iterations <= 4
     assert none is None and little["energy"] < 0.5
+
+
+def test_a_sketch_of_long_rows_of_small_numbers():
+    """Their coordinates along the directions are above what a feature may be; the numbers themselves are not."""
+    x = (drawn(spread=0.2, centers=24).astype(np.float32) * 32).astype(np.float16)
+    assert np.abs(x).max() < 16 < np.linalg.norm(x.astype(np.float32), axis=1).max()
+    settings = {"rank": 30, "seed": 1, "iterations": 20, "chunk": 128}
+    with devices(2):
+        start, told = sketch.start(x, 24, **settings)
+        short, small = sketch.start((x.astype(np.float32) / 32).astype(np.float32), 24, memory=STREAMED, **settings)
+    assert told["objective"] == pytest.approx(32 * small["objective"], rel=1e-3)
+    assert np.mean(np.sum(start * short, axis=1) > 0.999) > 0.8
+
+
+def test_a_sketch_measures_the_rows_once():
+    """Its tiles go on to `fit`, which measures no row again."""
+    x, read = drawn(spread=0.2, centers=24), []
+
+    class Counted:
+        shape, dtype = x.shape, x.dtype
+
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, rows):
+            if isinstance(rows, slice):
+                read.append(rows)
+            return x[rows]
+
+    with devices(1):
+        held = kmeans.lay_out(Counted(), 24, 700)
+        start, _ = sketch.start(Counted(), 24, rank=30, seed=1, iterations=5, chunk=700, source=held)
+        found = kmeans.fit(Counted(), 24, seed=1, iterations=5, chunk=700, init=start, tiles=held)
+    assert found.resident and len(read) == 1
+    same(found, fit(x, init=start, iterations=5))

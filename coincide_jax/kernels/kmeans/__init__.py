@@ -28,7 +28,9 @@ from coincide_jax.kernels.kmeans.seeding import NAMES as INITS
 from coincide_jax.kernels.kmeans.sweep import Sweeper
 from coincide_jax.kernels.kmeans.tiles import RowError, Tiles, fast_dtype, put
 
-__all__ = ["HISTORY", "INITS", "LARGEST", "KMeansResult", "RowError", "State", "assign", "cosines", "fit", "members"]
+__all__ = [
+    "HISTORY", "INITS", "LARGEST", "KMeansResult", "RowError", "State", "assign", "cosines", "fit", "lay_out", "members"
+]  # fmt: skip
 HISTORY = ("objective", "imbalance", "empties", "moved", "work", "seconds")
 
 
@@ -60,6 +62,12 @@ class State(NamedTuple):
         return cls(np.asarray(centroids, np.float32), np.array(assignment, np.int32), np.asarray(history, np.float64))
 
 
+def lay_out(features, k: int, chunk: int, memory: int = 0, product: str = "auto") -> Tiles:
+    """The rows on the devices or on their way there, for several calls that would else read and measure them anew. The
+    arguments are those of `fit`."""
+    return Tiles(features, k, chunk, fast_dtype(product), memory)
+
+
 def fit(
     features,
     k: int,
@@ -75,6 +83,7 @@ def fit(
     on_state: Callable[[State], None] | None = None,
     state_every: int = 1,
     resume: State | None = None,
+    tiles: Tiles | None = None,
 ) -> KMeansResult:
     """Clusters the rows of `features` by direction.
 
@@ -97,6 +106,7 @@ def fit(
       on_iteration: called after each pass with {iteration, objective, …}, the names of `HISTORY`.
       on_state: called with the `State` after every `state_every` iterations.
       resume: where an earlier call with the same arguments stood.
+      tiles: what `lay_out` made with the same arguments.
 
     Raises:
       RowError: a row that is not finite or too large. ValueError: k outside 1..N, `init` of another shape or name.
@@ -106,7 +116,7 @@ def fit(
         raise ValueError(f"k = {k} clusters of {rows} rows; expected 1 to {rows}")
     if not isinstance(init, str) and np.shape(init) != (k, features.shape[1]):
         raise ValueError(f"init has shape {np.shape(init)}; expected {(k, features.shape[1])}")
-    tiles = Tiles(features, k, chunk, fast_dtype(product), memory)
+    tiles = tiles or lay_out(features, k, chunk, memory, product)
     sweeper = Sweeper(tiles, k, None if resume is None else resume.assignment.copy())
     if resume is not None:
         first = resume.centroids
@@ -152,7 +162,7 @@ def _ended(history: list[tuple], tolerance: float | None) -> bool:
 def assign(features, centroids, chunk: int, memory: int = 0, product: str = "auto") -> tuple[np.ndarray, np.ndarray]:
     """Returns the nearest centroid of each row and the cosine to it: `(i32[N], f32[N])`. Ties to the smallest index."""
     centroids = np.asarray(centroids, np.float32)
-    tiles = Tiles(features, len(centroids), chunk, fast_dtype(product), memory)
+    tiles = lay_out(features, len(centroids), chunk, memory, product)
     sweeper = Sweeper(tiles, len(centroids))
     sweeper.run(put(centroids, tiles.whole), None, with_sums=False)
     return sweeper.assignment, cosines(features, centroids, sweeper.assignment)

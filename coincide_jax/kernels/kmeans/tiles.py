@@ -109,6 +109,7 @@ class Tiles:
         cut = tiling(self.rows, self.width, k, chunk, self.shards, stored, self.dtype, memory)
         self.per, self.chunk, self.count, self.resident = cut
         self.kept: list = [None] * self.count
+        self.measured: tuple[np.ndarray, np.ndarray] | None = None
         self._same = stored == self.dtype
 
     def span(self, tile: int) -> tuple[int, int]:
@@ -166,11 +167,13 @@ class Tiles:
             begin += size
 
     def measure(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths f64[N] of the rows, and how much each loses in the cast to the fast type f64[N].
+        """Lengths f64[N] of the rows, and how much each loses in the cast to the fast type f64[N]; read once.
 
         Raises:
           RowError: a row that is not finite or holds a magnitude above 16.
         """
+        if self.measured is not None:
+            return self.measured
         norms, lost = np.zeros(self.rows), np.zeros(self.rows)
         for tile, x, fast in self.read(np.ones(self.count, bool)):
             start, stop = self.span(tile)
@@ -186,7 +189,8 @@ class Tiles:
                 what = f"holds a value of magnitude {value:g}" if np.isfinite(value) else "is not finite"
                 raise RowError(start + int(bad[0]), what)
             norms[start:stop], lost[start:stop] = np.sqrt(length[: stop - start]), cast[: stop - start]
-        return norms, lost
+        self.measured = norms, lost
+        return self.measured
 
 
 # not a method: what refers to its Tiles would keep the features on the devices until the next garbage collection
