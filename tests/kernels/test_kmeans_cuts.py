@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coincide_jax.kernels import kmeans
-from coincide_jax.kernels.kmeans import exact, products, sketch, tiles
+from coincide_jax.kernels.kmeans import exact, products, seeding, sketch, tiles
 
 RESULT = ("centroids", "assignment", "objective", "imbalance", "empties", "moved", "iterations")
 STREAMED = 30_000  # bytes, less than any array here
@@ -105,6 +105,68 @@ def test_starts_are_the_same_anywhere_and_better_than_random(init):
     assert best[0] > best[1]
     few = fit(np.repeat(x[100:105], 4, axis=0), k=10, init=init)
     assert len(np.unique(few.assignment)) == 5
+
+
+def outliers(rows=1000, alone=60, centers=12, width=64) -> np.ndarray:
+    """Tight groups, and `alone` rows at the end that are far from them and from each other."""
+    x = drawn(rows=rows, centers=centers, width=width, spread=0.1)
+    rng = np.random.default_rng(6)
+    far = rng.normal(size=(alone, width))
+    return np.concatenate([x, (far / np.linalg.norm(far, axis=1, keepdims=True)).astype(np.float16)])
+
+
+def test_parallel_starts_weigh_the_drawn_rows(monkeypatch):
+    """Of the drawn rows many are outliers; a start by distance alone takes little else, one by weight the groups."""
+    x = outliers()
+    seeds = range(5)
+    starts = [fit(x, k=12, iterations=0, init="k-means||", seed=seed) for seed in seeds]
+    rows = exact.unit(x)
+    alone = [np.sum((start.centroids @ rows.T).argmax(axis=1) >= 1000) for start in starts]
+    assert np.mean(alone) < 4 and max(alone) < 8, alone
+    weighed = [fit(x, k=12, iterations=1, init="k-means||", seed=seed).objective[0] for seed in seeds]
+    kept = seeding._weighted
+    monkeypatch.setattr(
+        seeding, "_weighted", lambda tiles, norms, weight, *rest: kept(tiles, norms, np.sign(weight), *rest)
+    )
+    plain = [fit(x, k=12, iterations=1, init="k-means||", seed=seed).objective[0] for seed in seeds]
+    assert np.mean(weighed) > np.mean(plain) + 0.05, (weighed, plain)
+
+
+def test_weights_are_how_many_rows_are_nearest(monkeypatch):
+    x, told = drawn(rows=400, centers=20), []
+    monkeypatch.setattr(
+        seeding, "_weighted", lambda tiles, norms, weight, k, rng: told.append(weight) or np.flatnonzero(weight)[:k]
+    )
+    fit(x, k=10, iterations=0, init="k-means||", chunk=64, count=2)
+    (weight,) = told
+    held = np.flatnonzero(weight)
+    nearest = np.argmax(exact.unit(x) @ exact.unit(x[held]).T, axis=1)
+    wanted = np.bincount(held[nearest[np.any(x, axis=1)]], minlength=400)
+    assert weight.sum() == 398 and len(held) > 30
+    assert np.abs(weight - wanted).sum() <= 12  # int8 copies and the rows themselves may differ on close calls
+
+
+def test_weighted_draws_are_those_of_one_at_a_time():
+    """The second row of two is drawn in proportion to weight · distance, also where it comes from the same batch."""
+    x = np.eye(4, dtype=np.float16)
+    x[1] = [1, 1, 0, 0]  # 1 − cos to row 0 is 0.29, to the others 1
+    weight, seen = np.array([1e9, 30.0, 10.0, 0.0]), np.zeros(4)
+    with devices(1):
+        made = tiles.Tiles(x, 2, 4, np.float32)
+        for seed in range(400):
+            chosen = seeding._weighted(made, np.linalg.norm(x, axis=1), weight, 2, np.random.default_rng(seed))
+            assert len(chosen) == 2
+            seen[chosen[1]] += 1
+    share = 30 * (1 - 0.5**0.5)
+    assert seen[3] == 0 and seen[1] / 400 == pytest.approx(share / (share + 10), abs=0.1)
+
+
+@pytest.mark.parametrize(("count", "chunk", "memory"), [(8, 1060, 0), (3, 100, 0), (2, 128, STREAMED)])
+def test_parallel_starts_do_not_depend_on_devices_tiles_and_streams(count, chunk, memory):
+    start = {"k": 40, "iterations": 0, "init": "k-means||"}
+    wanted = fit(outliers(), chunk=2000, **start).centroids
+    found = fit(outliers(), count=count, chunk=chunk, memory=memory, **start).centroids
+    assert wanted.tobytes() == found.tobytes() and len(np.unique(wanted, axis=0)) == 40
 
 
 def test_plus_plus_of_streamed_rows_is_refused():
