@@ -121,6 +121,62 @@ def test_audit_columns_and_duplicates(data):
     assert set(pq.read_table(folder / "out" / "audit.parquet").column_names) == {"cluster", "size", "cohesion"}
 
 
+def test_duplicates_that_are_not_compared_are_told(data, capsys):
+    """40 copies of one row, of which 15 are compared: 105 pairs of the 780 there are."""
+    folder, x = data
+    x[10:50] = x[10]
+    np.save(folder / "features.npy", x)
+    off = {"separation": False, "duplicates": 0.9999, "stability": False, "cache_mib": 1}
+    for most, pairs in ((15, 105), (300, 780)):
+        run(folder, extract=False, audit=off | {"pairs": most}, audit_labels=())
+        table = pq.read_table(folder / "out" / "audit.parquet").to_pydict()
+        told = json.loads((folder / "out" / "quality.json").read_text())["duplicates"]
+        assert told["pairs"] == pairs and table["duplicates_compared"] == [min(n, most) for n in table["size"]]
+        cut = sum(n > most for n in table["size"])
+        assert told["compared"] == sum(table["duplicates_compared"]) and told["records"] == 230
+        assert told["cut"] == cut and (cut > 0) == (most == 15)
+        said = f"of {cut} clusters only the first 15 records were compared, {told['compared']} of 230 in all"
+        assert (said in capsys.readouterr().out) == (most == 15)
+
+
+def test_stability_is_that_of_the_clustering_that_was_made(data, monkeypatch, capsys):
+    """The same mode, start and sample from the next seed: its labels are those of a run from that seed."""
+    folder, _ = data
+    made = {"k": 9, "mode": "sketch", "sketch_rank": 20, "init": "k-means||", "max_points_per_centroid": 12}
+    run(folder, **made, seed=8)
+    other = load(folder)[1]
+    calls, real = [], audit.adjusted_rand_score
+    monkeypatch.setattr(audit, "adjusted_rand_score", lambda a, b: calls.append(b) or real(a, b))
+    audits = {"separation": False, "duplicates": 1.0, "pairs": 500, "stability": True}
+    run(folder, **made, seed=7, audit=audits)
+    np.testing.assert_array_equal(
+        np.unique(other[10:], return_inverse=True)[1], np.unique(calls[0], return_inverse=True)[1]
+    )
+    told = json.loads((folder / "out" / "quality.json").read_text())["stability"]
+    assert told["seed"] == 8 and told["mode"] == "sketch" and told["init"] == "k-means||"
+    assert told["max_points_per_centroid"] == 12
+    said = "with the clusters of seed 8 (mode=sketch, init=k-means||, max_points_per_centroid=12, as here)"
+    assert said in capsys.readouterr().out
+
+
+def test_separation_keeps_to_the_memory(data, monkeypatch):
+    """The same cosines from tiles as small as the memory says."""
+    folder, x = data
+    run(folder)
+    centroids, assignment = load(folder)
+    rows, labels = x[10:], assignment[10:]
+    cosine, put, sizes = audit.kmeans.cosines(rows, centroids, labels), audit.put, []
+    monkeypatch.setattr(audit, "put", lambda array, at: sizes.append(len(array)) or put(array, at))
+    with jax.set_mesh(jax.make_mesh((2, 1), ("data", "model"), devices=jax.devices()[:2])):
+        whole = audit.separation(rows, centroids, labels, cosine, 230, 0)
+        assert max(sizes) == 230
+        sizes.clear()
+        parts = audit.separation(rows, centroids, labels, cosine, 230, 100_000)
+    assert len(centroids) <= max(sizes) < 50
+    for left, right in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+
+
 def test_same_labels_streamed_sampled_and_in_any_product(data):
     folder, _ = data
     run(folder, k=15)

@@ -19,6 +19,7 @@ from coincide_jax.kernels.kmeans import sketch
 MODES = ("exact", "sketch")
 PRODUCTS = ("auto", "float32", "bfloat16", "float16")
 STATE = "state.npz"  # where the clustering stands; gone when the stage is complete
+NOTES = "sketch.json"  # what the sketch was
 SEAL = 32  # bytes of a SHA-256
 POLISH = 5e-4  # share by which the objective rises in the iteration after which a sketch's exact polish stops
 
@@ -68,34 +69,39 @@ def find(keys, usable, out: pathlib.Path, mesh) -> tuple[np.ndarray, np.ndarray,
     return result.centroids, labels, history, {"resident": result.resident} | ({"sketch": told} if told else {})
 
 
-def _fit(keys, usable, k: int, seed: int, out: pathlib.Path) -> tuple[kmeans.KMeansResult, np.ndarray, dict]:
-    """What k-means makes of the usable rows, or of a sample of them; labels i32[n] of all; what the sketch was."""
+def again(keys, usable, seed: int) -> tuple[kmeans.KMeansResult, np.ndarray]:
+    """The clustering that `find` makes, from another seed, with its labels i32[n]; nothing is written."""
+    result, labels, _ = _fit(keys, usable, min(keys.k, len(usable)), seed, None)
+    return result, labels
+
+
+def _fit(keys, usable, k: int, seed: int, out: pathlib.Path | None) -> tuple[kmeans.KMeansResult, np.ndarray, dict]:
+    """What k-means makes of the usable rows, or of a sample of them; labels i32[n] of all; what the sketch was. Without
+    a folder nothing is written, nor told but how far it is."""
     memory, sample, chosen = keys.memory_mib << 20, usable, np.arange(len(usable))
     most = keys.max_points_per_centroid * k
     if 0 < most < len(usable):
         chosen = np.sort(np.random.default_rng(seed).permutation(len(usable))[:most])
         sample = Rows(usable, chosen)
-        say("cluster", f"centroids from {most} of {len(usable)} records (cluster.max_points_per_centroid)")
+        if out:
+            say("cluster", f"centroids from {most} of {len(usable)} records (cluster.max_points_per_centroid)")
     settings = {"seed": seed, "iterations": keys.iterations, "chunk": keys.chunk, "memory": memory}
     settings["product"] = keys.product
-    start, told, resume = keys.init, {}, _resume(out / STATE, len(sample), k, sample.shape[1])
-    notes, tiles = out / "sketch.json", None  # a resumed run begins behind the sketch and still says what it was
+    start, told, tiles = keys.init, {}, None
+    resume = _resume(out / STATE, len(sample), k, sample.shape[1]) if out else None
     with _told(chosen):
-        if keys.mode == "sketch" and resume is not None and notes.exists():
-            told = artifacts.read_json(notes)
-        elif keys.mode == "sketch" and resume is None:
+        if keys.mode == "sketch" and resume is not None:
+            if (out / NOTES).exists():
+                told = artifacts.read_json(out / NOTES)
+        elif keys.mode == "sketch":
             begin = time.perf_counter()
             tiles = kmeans.lay_out(sample, k, keys.chunk, memory, keys.product)
             first, told = sketch.start(sample, k, rank=keys.sketch_rank, init=start, source=tiles, **settings)
             start = start if first is None else first
             told["seconds"] = time.perf_counter() - begin
-            artifacts.write_json(notes, told)
-            what = "too little: all iterations are exact" if first is None else f"{told['iterations']} iterations there"
-            say(
-                "cluster",
-                f"sketch of {told['rank']} directions with {told['energy']:.1%} of the squared lengths: {what}",
-            )
-        with Progress("cluster", keys.iterations, "iterations") as progress:
+            if out:
+                _tell(out, told)
+        with Progress("cluster" if out else "audit", keys.iterations, "iterations") as progress:
             progress.advance(0 if resume is None else len(resume.history))
             result = kmeans.fit(
                 sample,
@@ -104,7 +110,7 @@ def _fit(keys, usable, k: int, seed: int, out: pathlib.Path) -> tuple[kmeans.KMe
                 init=start,
                 tolerance=POLISH if keys.mode == "sketch" else None,
                 on_iteration=lambda at: progress.advance(1, _note(at, len(sample))),
-                on_state=lambda state: _save(out / STATE, state),
+                on_state=(lambda state: _save(out / STATE, state)) if out else None,
                 state_every=keys.checkpoint_every,
                 resume=resume,
                 tiles=tiles,
@@ -115,6 +121,13 @@ def _fit(keys, usable, k: int, seed: int, out: pathlib.Path) -> tuple[kmeans.KMe
     with _told(np.arange(len(usable))):
         labels, _ = kmeans.assign(usable, result.centroids, keys.chunk, memory, keys.product)
     return result, labels, told
+
+
+def _tell(out: pathlib.Path, told: dict) -> None:
+    """Says what the sketch was, and writes it for a run that is resumed behind it."""
+    artifacts.write_json(out / NOTES, told)
+    what = f"{told['iterations']} iterations there" if told["iterations"] else "too little: all iterations are exact"
+    say("cluster", f"sketch of {told['rank']} directions with {told['energy']:.1%} of the squared lengths: {what}")
 
 
 @contextlib.contextmanager
