@@ -1,6 +1,7 @@
 """The cluster stage: files, measures, what it does with odd and wrong input."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from coincide_jax import cluster
 from coincide_jax.cluster import audit, centres
-from coincide_jax.core import artifacts, store
+from coincide_jax.core import artifacts, metrics, store
 from coincide_jax.core.errors import UserError
 from configs import common
 
@@ -175,6 +176,28 @@ def test_separation_keeps_to_the_memory(data, monkeypatch):
     assert len(centroids) <= max(sizes) < 50
     for left, right in zip(whole, parts, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_every_pass_says_how_far_it_is_and_short_ones_nothing(data, capsys, monkeypatch):
+    folder, _ = data
+    keys = {"mode": "sketch", "sketch_rank": 20, "init": "k-means||", "centre": True, "chunk": 16}
+    keys["audit"] = {"separation": True, "duplicates": 0.99, "pairs": 500, "stability": True}
+    keys["max_points_per_centroid"] = 30
+    run(folder, **keys)
+    assert "/s · " not in capsys.readouterr().out
+    monkeypatch.setattr(metrics, "LOG_EVERY_SECONDS", 0.0)
+    run(folder, **keys)
+    said = capsys.readouterr().out
+    passes = ("tiles measured", "tiles projected", "tiles assigned", "tiles met with drawn rows")
+    for stage, units in (
+        ("cluster", (*passes, "iterations of the sketch", "iterations", "rows of the mean")),
+        ("cluster", ("rows met with their centroid",)),
+        ("audit", (*passes, "iterations", "records", "records compared")),
+    ):
+        for unit in units:
+            found = re.findall(rf"\[{stage}\] (\d+)/(\d+) {re.escape(unit)} · [\d.]+/s · (\d+) s left", said)
+            assert found and all(0 < int(done) <= int(of) for done, of, _ in found), (stage, unit)
+    assert re.search(r"\[cluster\] (12|15)/\1 tiles measured", said)  # 180 and 230 rows
 
 
 def test_same_labels_streamed_sampled_and_in_any_product(data):

@@ -161,15 +161,18 @@ def duplicates(features, labels, k: int, threshold: float, most: int, cache: int
     `cache` bytes hold are read at once, in order.
     """
     counts, pairs = np.zeros(k, np.int64), []
-    for cluster, members, x in _gathered(features, [rows[:most] for rows in kmeans.members(labels, k)], cache):
-        x = x.astype(np.float32)
-        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        for start in range(0, len(x), BLOCK):
-            scores = x[start : start + BLOCK] @ x.T
-            above = np.argwhere(np.triu(scores > threshold, start + 1))
-            counts[cluster] += len(above)
-            for a, b in above[: PAIRS - len(pairs)]:
-                pairs.append((members[start + a], members[b], float(scores[a, b])))
+    groups = [rows[:most] for rows in kmeans.members(labels, k)]
+    with Progress("audit", sum(len(rows) for rows in groups if len(rows) > 1), "records compared") as progress:
+        for cluster, members, x in _gathered(features, groups, cache):
+            x = x.astype(np.float32)
+            x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+            for start in range(0, len(x), BLOCK):
+                scores = x[start : start + BLOCK] @ x.T
+                above = np.argwhere(np.triu(scores > threshold, start + 1))
+                counts[cluster] += len(above)
+                for a, b in above[: PAIRS - len(pairs)]:
+                    pairs.append((members[start + a], members[b], float(scores[a, b])))
+            progress.advance(len(members))
     return counts, pairs
 
 

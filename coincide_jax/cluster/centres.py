@@ -24,18 +24,49 @@ SEAL = 32  # bytes of a SHA-256
 POLISH = 5e-4  # share by which the objective rises in the iteration after which a sketch's exact polish stops
 
 
+class Passes:
+    """Shows how far a pass over the rows is: the `on_tile` of the kernels. A pass of under 10 s says nothing."""
+
+    def __init__(self, stage: str):
+        self.stage, self.shown = stage, None
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """`done` of `of`; 0 begins another pass, all ends it."""
+        if done == 0 or self.shown is None:
+            self.close()
+            self.shown = Progress(self.stage, of, what, first=done)
+        elif done > self.shown.done:
+            self.shown.advance(done - self.shown.done)
+        if done >= of:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the pass that is shown."""
+        if self.shown is not None:
+            self.shown.bar.close()
+        self.shown = None
+
+    def __enter__(self) -> "Passes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
 class Centred:
     """Features less their mean, by the interface of features: float32 rows on the grid that exact sums need."""
 
     def __init__(self, features, block: int = 1024):
         self.features, self.shape, self.dtype = features, features.shape, np.dtype(np.float32)
         total = np.zeros(self.shape[1])  # exact for multiples of 2^-24, so free of order
-        for start in range(0, len(features), block):
-            part = features[start : start + block].astype(np.float64)
-            bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
-            if len(bad):
-                raise kmeans.RowError(start + int(bad[0]), "is not finite")
-            total += np.sum(np.rint(part * 2.0**24), axis=0)
+        with Progress("cluster", len(features), "rows of the mean") as progress:
+            for start in range(0, len(features), block):
+                part = features[start : start + block].astype(np.float64)
+                bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+                if len(bad):
+                    raise kmeans.RowError(start + int(bad[0]), "is not finite")
+                total += np.sum(np.rint(part * 2.0**24), axis=0)
+                progress.advance(len(part))
         self.mean = (total / (2.0**24 * max(len(features), 1))).astype(np.float32)
 
     def __len__(self) -> int:
@@ -89,20 +120,30 @@ def _fit(keys, usable, k: int, seed: int, out: pathlib.Path | None) -> tuple[kme
     settings["product"] = keys.product
     start, told, tiles = keys.init, {}, None
     resume = _resume(out / STATE, len(sample), k, sample.shape[1]) if out else None
-    with _told(chosen):
+    stage = "cluster" if out else "audit"
+    with _told(chosen), Passes(stage) as passes:
         if keys.mode == "sketch" and resume is not None:
             if (out / NOTES).exists():
                 told = artifacts.read_json(out / NOTES)
         elif keys.mode == "sketch":
             begin = time.perf_counter()
-            tiles = kmeans.lay_out(sample, k, keys.chunk, memory, keys.product)
-            first, told = sketch.start(sample, k, rank=keys.sketch_rank, init=start, source=tiles, **settings)
+            tiles = kmeans.lay_out(sample, k, keys.chunk, memory, keys.product, passes)
+            with Progress(stage, keys.iterations, "iterations of the sketch") as progress:
+                first, told = sketch.start(
+                    sample,
+                    k,
+                    **settings,
+                    rank=keys.sketch_rank,
+                    init=start,
+                    source=tiles,
+                    on_iteration=lambda at: progress.advance(1, _note(at, len(sample))),
+                )
             start = start if first is None else first
             told["seconds"] = time.perf_counter() - begin
             if out:
                 _tell(out, told)
-        with Progress("cluster" if out else "audit", keys.iterations, "iterations") as progress:
-            progress.advance(0 if resume is None else len(resume.history))
+        before = 0 if resume is None else len(resume.history)
+        with Progress(stage, keys.iterations, "iterations", first=before) as progress:
             result = kmeans.fit(
                 sample,
                 k,
@@ -113,13 +154,14 @@ def _fit(keys, usable, k: int, seed: int, out: pathlib.Path | None) -> tuple[kme
                 on_state=(lambda state: _save(out / STATE, state)) if out else None,
                 state_every=keys.checkpoint_every,
                 resume=resume,
+                on_tile=passes,
                 tiles=tiles,
             )
     if sample is usable:
         return result, result.assignment, told
     tiles = None  # their memory is wanted for the others
-    with _told(np.arange(len(usable))):
-        labels, _ = kmeans.assign(usable, result.centroids, keys.chunk, memory, keys.product)
+    with _told(np.arange(len(usable))), Passes(stage) as passes:
+        labels, _ = kmeans.assign(usable, result.centroids, keys.chunk, memory, keys.product, passes)
     return result, labels, told
 
 

@@ -255,6 +255,32 @@ def test_a_sketch_of_long_rows_of_small_numbers():
     assert np.mean(np.sum(start * short, axis=1) > 0.999) > 0.8
 
 
+def test_cosines_read_few_chunks_twice():
+    """Blocks of whole store chunks, within a bounded memory, and each row's cosine that of the row alone."""
+    x, seen = drawn(rows=3000, width=64), []
+
+    class Counted:
+        shape, dtype = (3000, 64), np.dtype(np.float16)
+
+        def __len__(self):
+            return 3000
+
+        def __getitem__(self, part):
+            seen.append(part)
+            return x[part]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "READ", 1000 * 64 * 2)
+        patch.setattr(exact, "BLOCK", 50 * 64)  # rows in float64 at a time
+        labels, told = np.arange(3000) % 7, []
+        found = kmeans.cosines(Counted(), exact.unit(x[:7]), labels, lambda *at: told.append(at))
+    assert [(part.start, part.stop) for part in seen] == [(0, 768), (768, 1536), (1536, 2304), (2304, 3000)]
+    assert [done for _, done, _ in told] == [0, 768, 1536, 2304, 3000] and {of for *_, of in told} == {3000}
+    for row in (0, 7, 49, 50, 767, 768, 2999):
+        alone = kmeans.cosines(x[row : row + 1], exact.unit(x[:7]), labels[row : row + 1])
+        assert alone[0] == found[row]
+
+
 def test_a_sketch_measures_the_rows_once():
     """Its tiles go on to `fit`, which measures no row again."""
     x, read = drawn(spread=0.2, centers=24), []

@@ -55,7 +55,7 @@ def _plus_plus(tiles: Tiles, norms: np.ndarray, k: int, rng, order: np.ndarray) 
         if row < 0:  # all other rows have the direction of a drawn one
             break
         chosen.append(row)
-        far = _distances(tiles, norms, np.array([row]), far)
+        far = _distances(tiles, norms, np.array([row]), far, at=(len(chosen) - 1, k))
     return _filled(np.array(chosen), order, k)
 
 
@@ -95,8 +95,8 @@ def _weighted(tiles: Tiles, norms: np.ndarray, weight: np.ndarray, k: int, rng) 
             if luck * far[rows[one]] < now[one] and len(chosen) + len(taken) < k:
                 taken.append(rows[one])
                 now = np.minimum(now, away[one])
+        far = _distances(tiles, norms, np.array(taken), far, at=(len(chosen), k))
         chosen = np.append(chosen, taken)
-        far = _distances(tiles, norms, np.array(taken), far)
     return chosen
 
 
@@ -126,15 +126,17 @@ def _filled(chosen: np.ndarray, order: np.ndarray, k: int) -> np.ndarray:
     return np.append(chosen, others[: k - len(chosen)])
 
 
-def _distances(tiles: Tiles, norms: np.ndarray, rows: np.ndarray, far: np.ndarray, owner=None) -> np.ndarray:
+def _distances(tiles: Tiles, norms, rows: np.ndarray, far: np.ndarray, owner=None, at=(0, 0)) -> np.ndarray:
     """min(far, 1 − cos to the nearest of `rows`) f32[N]; 0 for these rows and for rows of length zero. `owner` i64[N]
-    is told the number of that row where it is nearer than all before."""
-    for begin in range(0, len(rows), BATCH):
+    is told the number of that row where it is nearer than all before. `at`: this is one of so many turns, which are
+    told of; (0, 0) = of as many as there are batches."""
+    for turn, begin in enumerate(range(0, len(rows), BATCH)):
+        turn, turns = at if at[1] else (turn, -(-len(rows) // BATCH))
         part = np.sort(rows[begin : begin + BATCH])
         size = 1 if len(rows) == 1 else BATCH
         part = np.pad(part, (0, size - len(part)), mode="edge")
         held = put(exact.grid(tiles.features[part]), tiles.whole)
-        for tile, x, _ in tiles.read(np.ones(tiles.count, bool)):
+        for tile, x, _ in tiles.read(np.ones(tiles.count, bool), "tiles met with drawn rows", turn, turns):
             start, stop = tiles.span(tile)
             found, which = (np.asarray(value)[: stop - start] for value in _nearest_int8(x, held))
             away = np.maximum(np.float32(1) - found, 0)
@@ -191,7 +193,7 @@ def reseed(features, norms, assignment, sizes, lengths, centroids: jax.Array) ->
             members = np.flatnonzero((assignment == largest) & (norms > 0))
             own = np.asarray(centroids[largest : largest + 1])
             near = np.zeros(len(members), np.float32)
-            for part in exact.blocks(len(members), features.shape[1]):  # a cluster may hold most of the rows
+            for part in exact.reads(len(members), features):  # a cluster may hold most of the rows
                 x = features[members[part]]
                 near[part] = exact.cosines(x, own, np.zeros(len(x), np.int32))
             farthest[largest] = list(members[np.argsort(near, kind="stable")][: len(empty)])

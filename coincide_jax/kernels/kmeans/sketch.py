@@ -6,6 +6,8 @@ update has the full means. What it saves depends on the spectrum, so the share o
 directions hold is returned, and the caller goes on exactly until the objective in D dimensions says enough.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,12 +32,14 @@ def start(
     memory: int = 0,
     product: str = "auto",
     source: tiles.Tiles | None = None,
+    on_iteration: Callable[[dict], None] | None = None,
 ):
     """First centroids for `kmeans.fit`.
 
     Args:
       features, k, seed, chunk, init, memory, product: as of `fit`. rank: directions R. iterations: at most so many.
       source: what `kmeans.lay_out` made of the features; given to `fit` as well, they are measured once.
+      on_iteration: as of `fit`, for the iterations on the coordinates.
 
     Returns:
       f32[K, D] centroids, or None when the directions hold less than `ENOUGH`; {rank, energy, iterations, objective}.
@@ -57,14 +61,15 @@ def start(
         out_shardings=source.whole,
     )
     flat = np.empty((rows, rank), np.float32)
-    for tile, x, _ in source.read(np.ones(source.count, bool)):
+    for tile, x, _ in source.read(np.ones(source.count, bool), "tiles projected"):
         begin, end = source.span(tile)
         flat[begin:end] = np.asarray(project(x, directions))[: end - begin]
     scale = _scale(flat)
     flat *= scale
     if not isinstance(init, str):
         init = np.asarray(init, np.float32) @ basis.astype(np.float32)
-    found = kmeans.fit(flat, k, seed=seed, iterations=iterations, chunk=chunk, init=init, memory=memory, tolerance=1e-4)
+    settings = {"seed": seed, "iterations": iterations, "chunk": chunk, "memory": memory, "tolerance": 1e-4}
+    found = kmeans.fit(flat, k, **settings, init=init, on_iteration=on_iteration, on_tile=source.on_tile)
     lifted = found.centroids @ basis.T.astype(np.float32)
     told |= {"iterations": found.iterations, "objective": float(found.objective[-1]) / scale}
     return unit(lifted), told
