@@ -1,6 +1,7 @@
 """The cluster stage: files, measures, what it does with odd and wrong input."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from coincide_jax import cluster
 from coincide_jax.cluster import audit, centres
-from coincide_jax.core import artifacts, store
+from coincide_jax.core import artifacts, metrics, store
 from coincide_jax.core.errors import UserError
 from configs import common
 
@@ -121,6 +122,84 @@ def test_audit_columns_and_duplicates(data):
     assert set(pq.read_table(folder / "out" / "audit.parquet").column_names) == {"cluster", "size", "cohesion"}
 
 
+def test_duplicates_that_are_not_compared_are_told(data, capsys):
+    """40 copies of one row, of which 15 are compared: 105 pairs of the 780 there are."""
+    folder, x = data
+    x[10:50] = x[10]
+    np.save(folder / "features.npy", x)
+    off = {"separation": False, "duplicates": 0.9999, "stability": False, "cache_mib": 1}
+    for most, pairs in ((15, 105), (300, 780)):
+        run(folder, extract=False, audit=off | {"pairs": most}, audit_labels=())
+        table = pq.read_table(folder / "out" / "audit.parquet").to_pydict()
+        told = json.loads((folder / "out" / "quality.json").read_text())["duplicates"]
+        assert told["pairs"] == pairs and table["duplicates_compared"] == [min(n, most) for n in table["size"]]
+        cut = sum(n > most for n in table["size"])
+        assert told["compared"] == sum(table["duplicates_compared"]) and told["records"] == 230
+        assert told["cut"] == cut and (cut > 0) == (most == 15)
+        said = f"of {cut} clusters only the first 15 records were compared, {told['compared']} of 230 in all"
+        assert (said in capsys.readouterr().out) == (most == 15)
+
+
+def test_stability_is_that_of_the_clustering_that_was_made(data, monkeypatch, capsys):
+    """The same mode, start and sample from the next seed: its labels are those of a run from that seed."""
+    folder, _ = data
+    made = {"k": 9, "mode": "sketch", "sketch_rank": 20, "init": "k-means||", "max_points_per_centroid": 12}
+    run(folder, **made, seed=8)
+    other = load(folder)[1]
+    calls, real = [], audit.adjusted_rand_score
+    monkeypatch.setattr(audit, "adjusted_rand_score", lambda a, b: calls.append(b) or real(a, b))
+    audits = {"separation": False, "duplicates": 1.0, "pairs": 500, "stability": True}
+    run(folder, **made, seed=7, audit=audits)
+    np.testing.assert_array_equal(
+        np.unique(other[10:], return_inverse=True)[1], np.unique(calls[0], return_inverse=True)[1]
+    )
+    told = json.loads((folder / "out" / "quality.json").read_text())["stability"]
+    assert told["seed"] == 8 and told["mode"] == "sketch" and told["init"] == "k-means||"
+    assert told["max_points_per_centroid"] == 12
+    said = "with the clusters of seed 8 (mode=sketch, init=k-means||, max_points_per_centroid=12, as here)"
+    assert said in capsys.readouterr().out
+
+
+def test_separation_keeps_to_the_memory(data, monkeypatch):
+    """The same cosines from tiles as small as the memory says."""
+    folder, x = data
+    run(folder)
+    centroids, assignment = load(folder)
+    rows, labels = x[10:], assignment[10:]
+    cosine, put, sizes = audit.kmeans.cosines(rows, centroids, labels), audit.put, []
+    monkeypatch.setattr(audit, "put", lambda array, at: sizes.append(len(array)) or put(array, at))
+    with jax.set_mesh(jax.make_mesh((2, 1), ("data", "model"), devices=jax.devices()[:2])):
+        whole = audit.separation(rows, centroids, labels, cosine, 230, 0)
+        assert max(sizes) == 230
+        sizes.clear()
+        parts = audit.separation(rows, centroids, labels, cosine, 230, 100_000)
+    assert len(centroids) <= max(sizes) < 50
+    for left, right in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_every_pass_says_how_far_it_is_and_short_ones_nothing(data, capsys, monkeypatch):
+    folder, _ = data
+    keys = {"mode": "sketch", "sketch_rank": 20, "init": "k-means||", "centre": True, "chunk": 16}
+    keys["audit"] = {"separation": True, "duplicates": 0.99, "pairs": 500, "stability": True}
+    keys["max_points_per_centroid"] = 30
+    run(folder, **keys)
+    assert "/s · " not in capsys.readouterr().out
+    monkeypatch.setattr(metrics, "LOG_EVERY_SECONDS", 0.0)
+    run(folder, **keys)
+    said = capsys.readouterr().out
+    passes = ("tiles measured", "tiles projected", "tiles assigned", "tiles met with drawn rows")
+    for stage, units in (
+        ("cluster", (*passes, "iterations of the sketch", "iterations", "rows of the mean")),
+        ("cluster", ("rows met with their centroid",)),
+        ("audit", (*passes, "iterations", "records", "records compared")),
+    ):
+        for unit in units:
+            found = re.findall(rf"\[{stage}\] (\d+)/(\d+) {re.escape(unit)} · [\d.]+/s · (\d+) s left", said)
+            assert found and all(0 < int(done) <= int(of) for done, of, _ in found), (stage, unit)
+    assert re.search(r"\[cluster\] (12|15)/\1 tiles measured", said)  # 180 and 230 rows
+
+
 def test_same_labels_streamed_sampled_and_in_any_product(data):
     folder, _ = data
     run(folder, k=15)
@@ -225,6 +304,29 @@ def test_duplicates_drop_clusters_and_a_row_that_is_not_finite_is_named(data, ca
         for keys in ({}, {"centre": True}):
             with pytest.raises(UserError, match=f"features.npy: row {N - 1} is not finite"):
                 run(folder, extract=False, k=9, **keys)
+
+
+@pytest.mark.parametrize("keys", [{}, {"max_points_per_centroid": 20}, {"centre": True}])
+def test_a_sketch_names_the_row_that_is_not_finite(data, keys):
+    """Not the first one, which a basis with NaN in it makes look bad as well, and by its number in the file."""
+    folder, x = data
+    for value, row in ((np.nan, 57), (np.inf, N - 1)):
+        wrong = x.copy()
+        wrong[row, 3], wrong[5, 0] = value, value  # row 5 is not in the pool
+        np.save(folder / "features.npy", wrong)
+        with pytest.raises(UserError, match=f"features.npy: row {row} is not finite"):
+            run(folder, extract=False, mode="sketch", sketch_rank=20, **keys)
+
+
+def test_what_linear_algebra_finds_is_one_sentence(data, monkeypatch):
+    folder, _ = data
+
+    def fails(_):
+        raise np.linalg.LinAlgError("Eigenvalues did not converge")
+
+    monkeypatch.setattr(np.linalg, "eigh", fails)
+    with pytest.raises(UserError, match="Eigenvalues did not converge"):
+        run(folder, mode="sketch", sketch_rank=20)
 
 
 def test_collapsed_features_are_told(data, capsys):

@@ -15,7 +15,7 @@ from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
 from coincide_jax.kernels import kmeans
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 KEYS = ("cluster", "extract.features")
 WARMUP_KEYS = (*KEYS, "curriculum.warmup_k")
 
@@ -74,7 +74,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     centroids, labels = centroids[full], np.searchsorted(full, labels).astype(np.int32)
     assignment = np.full(len(features), -1, np.int32)
     assignment[rows] = labels
-    cosine = kmeans.cosines(usable, centroids, labels)
+    with centres.Passes("cluster") as passes:
+        cosine = kmeans.cosines(usable, centroids, labels, passes)
     if len(bad := np.flatnonzero(~np.isfinite(cosine))):
         raise UserError(f"features {path}: row {rows[bad[0]]} is not finite")
     quality, columns = audit.measure(keys, inputs, usable, rows, centroids, labels, cosine, history)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+from coincide_jax.cluster import centres
 from coincide_jax.core import artifacts
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import source
 from coincide_jax.kernels import kmeans
-from coincide_jax.kernels.kmeans.tiles import put
+from coincide_jax.kernels.kmeans.tiles import device_memory, put, tiling
 
 COLLAPSE = 0.95  # mean cosine between centroids above which clusters tell little apart
 PAIRS = 20  # near-duplicate pairs that are listed
@@ -49,7 +50,7 @@ def measure(keys, inputs, features, rows, centroids, labels, cosine, history) ->
     columns = {"cluster": np.arange(k), "size": sizes, "cohesion": within}
     if keys.audit.separation and k > 1:
         with _timed(quality, "separation"):
-            other, silhouette = separation(features, centroids, labels, cosine, keys.chunk)
+            other, silhouette = separation(features, centroids, labels, cosine, keys.chunk, keys.memory_mib << 20)
             per = [
                 np.bincount(labels, weights=value, minlength=k) / np.maximum(sizes, 1) for value in (other, silhouette)
             ]
@@ -61,29 +62,21 @@ def measure(keys, inputs, features, rows, centroids, labels, cosine, history) ->
     if keys.audit.duplicates < 1:
         with _timed(quality, "duplicates"):
             counts, pairs = duplicates(features, labels, k, keys.audit.duplicates, keys.audit.pairs, cache_bytes(keys))
-            columns["duplicate_pairs"] = counts
+            compared = np.minimum(sizes, max(keys.audit.pairs, 0))
+            columns |= {"duplicate_pairs": counts, "duplicates_compared": compared}
             quality["duplicates"] = {
                 "threshold": keys.audit.duplicates,
                 "pairs": int(np.sum(counts)),
                 "clusters": int(np.sum(counts > 0)),
+                "limit": keys.audit.pairs,
+                "compared": int(np.sum(compared)),
+                "records": int(np.sum(sizes)),
+                "cut": int(np.sum(compared < sizes)),
                 "sampled": [[int(rows[a]), int(rows[b]), value] for a, b, value in pairs],
             }
     if keys.audit.stability and history:
         with _timed(quality, "stability"):
-            again = kmeans.fit(
-                features,
-                k,
-                seed=keys.seed + 1,
-                iterations=keys.iterations,
-                chunk=keys.chunk,
-                memory=keys.memory_mib << 20,
-                product=keys.product,
-            )
-            quality["stability"] = {
-                "seed": keys.seed + 1,
-                "adjusted_rand": float(adjusted_rand_score(labels, again.assignment)),
-                "objective": float(again.objective[-1]),
-            }
+            quality["stability"] = stability(keys, features, labels)
     if "dataset" in inputs and keys.audit_labels:
         records = source.load(artifacts.read_json(pathlib.Path(inputs["dataset"]) / "split.json")["records"])
         shuffled = np.random.default_rng(keys.seed).permutation(labels)
@@ -93,6 +86,22 @@ def measure(keys, inputs, features, rows, centroids, labels, cosine, history) ->
                 quality["labels"][name], purity, entropy = found
                 columns |= {f"purity_{name}": purity, f"entropy_{name}": entropy}
     return quality, columns
+
+
+def stability(keys, features, labels) -> dict:
+    """How far the same clustering from another seed agrees: the same mode, start and sample, as `keys` have them, so
+    that it is told how stable that is which was made."""
+    seed = keys.seed + 1
+    again, found = centres.again(keys, features, seed)
+    return {
+        "seed": seed,
+        "mode": keys.mode,
+        "init": keys.init,
+        "max_points_per_centroid": keys.max_points_per_centroid,
+        "iterations": again.iterations,
+        "adjusted_rand": float(adjusted_rand_score(labels, found)),
+        "objective": float(again.objective[-1]),
+    }
 
 
 def between(centroids: np.ndarray) -> float | None:
@@ -105,15 +114,17 @@ def between(centroids: np.ndarray) -> float | None:
     return float((total @ total - own) / (k * (k - 1)))
 
 
-def separation(features, centroids, labels, cosine, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+def separation(features, centroids, labels, cosine, chunk: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine of each row to the nearest other centroid f32[n], and its silhouette (a − b) / max(a, b) with the
     distances 1 − cos to the own centroid b and to that one a (Rousseeuw 1987, with centroids in place of members).
 
-    One pass over the features, `chunk` rows at a time on the devices of the ambient mesh, which hold `chunk · K` scores
-    between them and the centroids each.
+    One pass over the features, `chunk` rows at a time on the devices of the ambient mesh, or fewer where `memory` bytes
+    (0 = what the devices have) hold no more of them with their K scores, as in k-means; the centroids on each.
     """
-    mesh = jax.sharding.get_mesh()
-    chunk = -(-min(chunk, len(labels)) // mesh.size) * mesh.size
+    mesh, (rows, width), k = jax.sharding.get_mesh(), features.shape, len(centroids)
+    chunk = tiling(
+        rows, width, k, chunk, mesh.size, features.dtype, np.float32, memory or device_memory(k, width)
+    ).chunk
     by_rows, whole = jax.NamedSharding(mesh, jax.P(mesh.axis_names)), jax.NamedSharding(mesh, jax.P())
     held, other = put(centroids, whole), np.zeros(len(labels), np.float32)
     nearest_other = jax.jit(_nearest_other, out_shardings=whole)  # whole, so that every process can read it
@@ -150,15 +161,18 @@ def duplicates(features, labels, k: int, threshold: float, most: int, cache: int
     `cache` bytes hold are read at once, in order.
     """
     counts, pairs = np.zeros(k, np.int64), []
-    for cluster, members, x in _gathered(features, [rows[:most] for rows in kmeans.members(labels, k)], cache):
-        x = x.astype(np.float32)
-        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        for start in range(0, len(x), BLOCK):
-            scores = x[start : start + BLOCK] @ x.T
-            above = np.argwhere(np.triu(scores > threshold, start + 1))
-            counts[cluster] += len(above)
-            for a, b in above[: PAIRS - len(pairs)]:
-                pairs.append((members[start + a], members[b], float(scores[a, b])))
+    groups = [rows[:most] for rows in kmeans.members(labels, k)]
+    with Progress("audit", sum(len(rows) for rows in groups if len(rows) > 1), "records compared") as progress:
+        for cluster, members, x in _gathered(features, groups, cache):
+            x = x.astype(np.float32)
+            x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+            for start in range(0, len(x), BLOCK):
+                scores = x[start : start + BLOCK] @ x.T
+                above = np.argwhere(np.triu(scores > threshold, start + 1))
+                counts[cluster] += len(above)
+                for a, b in above[: PAIRS - len(pairs)]:
+                    pairs.append((members[start + a], members[b], float(scores[a, b])))
+            progress.advance(len(members))
     return counts, pairs
 
 
@@ -241,9 +255,22 @@ def tell(quality: dict, k: int, records: int) -> None:
             f"cosine to the next centroid {value['cosine_to_the_next']:.4f}, silhouette {value['silhouette']:.3f}",
         )
     if "stability" in quality:
-        say("cluster", f"adjusted Rand index with another seed's clusters {quality['stability']['adjusted_rand']:.3f}")
-    if quality.get("duplicates", {}).get("pairs"):
-        value = quality["duplicates"]
+        value = quality["stability"]
+        say(
+            "cluster",
+            f"adjusted Rand index {value['adjusted_rand']:.3f} with the clusters of seed {value['seed']} "
+            f"(mode={value['mode']}, init={value['init']}, "
+            f"max_points_per_centroid={value['max_points_per_centroid']}, as here)",
+        )
+    value = quality.get("duplicates", {})
+    if value.get("cut"):
+        say(
+            "cluster",
+            f"duplicates: of {value['cut']} clusters only the first {value['limit']} records were compared, "
+            f"{value['compared']} of {value['records']} in all; "
+            f"cluster.audit.pairs={max(quality['sizes'])} compares them all",
+        )
+    if value.get("pairs"):
         say(
             "cluster",
             f"{value['pairs']} pairs with a cosine above {value['threshold']} in {value['clusters']} clusters",

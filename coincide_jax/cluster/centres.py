@@ -1,9 +1,11 @@
 """Runs k-means for the stage: budget, start, mode, checkpoints, what is shown meanwhile."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,8 +19,38 @@ from coincide_jax.kernels.kmeans import sketch
 MODES = ("exact", "sketch")
 PRODUCTS = ("auto", "float32", "bfloat16", "float16")
 STATE = "state.npz"  # where the clustering stands; gone when the stage is complete
+NOTES = "sketch.json"  # what the sketch was
 SEAL = 32  # bytes of a SHA-256
 POLISH = 5e-4  # share by which the objective rises in the iteration after which a sketch's exact polish stops
+
+
+class Passes:
+    """Shows how far a pass over the rows is: the `on_tile` of the kernels. A pass of under 10 s says nothing."""
+
+    def __init__(self, stage: str):
+        self.stage, self.shown = stage, None
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """`done` of `of`; 0 begins another pass, all ends it."""
+        if done == 0 or self.shown is None:
+            self.close()
+            self.shown = Progress(self.stage, of, what, first=done)
+        elif done > self.shown.done:
+            self.shown.advance(done - self.shown.done)
+        if done >= of:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the pass that is shown."""
+        if self.shown is not None:
+            self.shown.bar.close()
+        self.shown = None
+
+    def __enter__(self) -> "Passes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 class Centred:
@@ -27,12 +59,14 @@ class Centred:
     def __init__(self, features, block: int = 1024):
         self.features, self.shape, self.dtype = features, features.shape, np.dtype(np.float32)
         total = np.zeros(self.shape[1])  # exact for multiples of 2^-24, so free of order
-        for start in range(0, len(features), block):
-            part = features[start : start + block].astype(np.float64)
-            bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
-            if len(bad):
-                raise kmeans.RowError(start + int(bad[0]), "is not finite")
-            total += np.sum(np.rint(part * 2.0**24), axis=0)
+        with Progress("cluster", len(features), "rows of the mean") as progress:
+            for start in range(0, len(features), block):
+                part = features[start : start + block].astype(np.float64)
+                bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+                if len(bad):
+                    raise kmeans.RowError(start + int(bad[0]), "is not finite")
+                total += np.sum(np.rint(part * 2.0**24), axis=0)
+                progress.advance(len(part))
         self.mean = (total / (2.0**24 * max(len(features), 1))).astype(np.float32)
 
     def __len__(self) -> int:
@@ -58,52 +92,95 @@ def find(keys, usable, out: pathlib.Path, mesh) -> tuple[np.ndarray, np.ndarray,
             f"warning: cluster.k={keys.k} is above the {len(usable)} valid records; going on with {k}: "
             "every record is a cluster of its own, and nothing is left to choose inside it; a tenth as many tell more",
         )
-    memory, sample = keys.memory_mib << 20, usable
+    result, labels, told = _fit(keys, usable, k, keys.seed, out)
+    history = {name: getattr(result, name).tolist() for name in kmeans.HISTORY}
+    history["moved_share"] = (result.moved / len(result.assignment)).tolist()
+    if told:
+        history["sketch"] = told
+    return result.centroids, labels, history, {"resident": result.resident} | ({"sketch": told} if told else {})
+
+
+def again(keys, usable, seed: int) -> tuple[kmeans.KMeansResult, np.ndarray]:
+    """The clustering that `find` makes, from another seed, with its labels i32[n]; nothing is written."""
+    result, labels, _ = _fit(keys, usable, min(keys.k, len(usable)), seed, None)
+    return result, labels
+
+
+def _fit(keys, usable, k: int, seed: int, out: pathlib.Path | None) -> tuple[kmeans.KMeansResult, np.ndarray, dict]:
+    """What k-means makes of the usable rows, or of a sample of them; labels i32[n] of all; what the sketch was. Without
+    a folder nothing is written, nor told but how far it is."""
+    memory, sample, chosen = keys.memory_mib << 20, usable, np.arange(len(usable))
     most = keys.max_points_per_centroid * k
     if 0 < most < len(usable):
-        chosen = np.sort(np.random.default_rng(keys.seed).permutation(len(usable))[:most])
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(usable))[:most])
         sample = Rows(usable, chosen)
-        say("cluster", f"centroids from {most} of {len(usable)} records (cluster.max_points_per_centroid)")
-    settings = {"seed": keys.seed, "iterations": keys.iterations, "chunk": keys.chunk, "memory": memory}
-    start, told, resume = keys.init, {}, _resume(out / STATE, len(sample), k, sample.shape[1])
-    notes = out / "sketch.json"  # a resumed run begins behind the sketch and still says what it was
-    if keys.mode == "sketch" and resume is not None and notes.exists():
-        told = artifacts.read_json(notes)
-    elif keys.mode == "sketch" and resume is None:
-        begin = time.perf_counter()
-        first, told = sketch.start(sample, k, rank=keys.sketch_rank, init=start, **settings)
-        start = start if first is None else first
-        told["seconds"] = time.perf_counter() - begin
-        artifacts.write_json(notes, told)
-        what = "too little: all iterations are exact" if first is None else f"{told['iterations']} iterations there"
-        say("cluster", f"sketch of {told['rank']} directions with {told['energy']:.1%} of the squared lengths: {what}")
-    with Progress("cluster", keys.iterations, "iterations") as progress:
-        progress.advance(0 if resume is None else len(resume.history))
-        try:
+        if out:
+            say("cluster", f"centroids from {most} of {len(usable)} records (cluster.max_points_per_centroid)")
+    settings = {"seed": seed, "iterations": keys.iterations, "chunk": keys.chunk, "memory": memory}
+    settings["product"] = keys.product
+    start, told, tiles = keys.init, {}, None
+    resume = _resume(out / STATE, len(sample), k, sample.shape[1]) if out else None
+    stage = "cluster" if out else "audit"
+    with _told(chosen), Passes(stage) as passes:
+        if keys.mode == "sketch" and resume is not None:
+            if (out / NOTES).exists():
+                told = artifacts.read_json(out / NOTES)
+        elif keys.mode == "sketch":
+            begin = time.perf_counter()
+            tiles = kmeans.lay_out(sample, k, keys.chunk, memory, keys.product, passes)
+            with Progress(stage, keys.iterations, "iterations of the sketch") as progress:
+                first, told = sketch.start(
+                    sample,
+                    k,
+                    **settings,
+                    rank=keys.sketch_rank,
+                    init=start,
+                    source=tiles,
+                    on_iteration=lambda at: progress.advance(1, _note(at, len(sample))),
+                )
+            start = start if first is None else first
+            told["seconds"] = time.perf_counter() - begin
+            if out:
+                _tell(out, told)
+        before = 0 if resume is None else len(resume.history)
+        with Progress(stage, keys.iterations, "iterations", first=before) as progress:
             result = kmeans.fit(
                 sample,
                 k,
                 **settings,
                 init=start,
-                product=keys.product,
                 tolerance=POLISH if keys.mode == "sketch" else None,
                 on_iteration=lambda at: progress.advance(1, _note(at, len(sample))),
-                on_state=lambda state: _save(out / STATE, state),
+                on_state=(lambda state: _save(out / STATE, state)) if out else None,
                 state_every=keys.checkpoint_every,
                 resume=resume,
+                on_tile=passes,
+                tiles=tiles,
             )
-        except kmeans.RowError as error:  # of the sample: named by its row among the usable ones
-            raise kmeans.RowError(error.row if sample is usable else int(chosen[error.row]), error.what) from error
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    labels = result.assignment
-    if sample is not usable:
-        labels, _ = kmeans.assign(usable, result.centroids, keys.chunk, memory, keys.product)
-    history = {name: getattr(result, name).tolist() for name in kmeans.HISTORY}
-    history["moved_share"] = (result.moved / len(sample)).tolist()
-    if told:
-        history["sketch"] = told
-    return result.centroids, labels, history, {"resident": result.resident} | ({"sketch": told} if told else {})
+    if sample is usable:
+        return result, result.assignment, told
+    tiles = None  # their memory is wanted for the others
+    with _told(np.arange(len(usable))), Passes(stage) as passes:
+        labels, _ = kmeans.assign(usable, result.centroids, keys.chunk, memory, keys.product, passes)
+    return result, labels, told
+
+
+def _tell(out: pathlib.Path, told: dict) -> None:
+    """Says what the sketch was, and writes it for a run that is resumed behind it."""
+    artifacts.write_json(out / NOTES, told)
+    what = f"{told['iterations']} iterations there" if told["iterations"] else "too little: all iterations are exact"
+    say("cluster", f"sketch of {told['rank']} directions with {told['energy']:.1%} of the squared lengths: {what}")
+
+
+@contextlib.contextmanager
+def _told(rows: np.ndarray) -> Iterator[None]:
+    """Names a row of `rows` by its number among the usable ones; turns what else is wrong into one sentence."""
+    try:
+        yield
+    except kmeans.RowError as error:
+        raise kmeans.RowError(int(rows[error.row]), error.what) from error
+    except ValueError as error:  # a LinAlgError too
+        raise UserError(str(error)) from error
 
 
 def _note(at: dict, rows: int) -> str:

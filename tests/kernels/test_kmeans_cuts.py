@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coincide_jax.kernels import kmeans
-from coincide_jax.kernels.kmeans import exact, products, sketch, tiles
+from coincide_jax.kernels.kmeans import exact, products, seeding, sketch, tiles
 
 RESULT = ("centroids", "assignment", "objective", "imbalance", "empties", "moved", "iterations")
 STREAMED = 30_000  # bytes, less than any array here
@@ -107,6 +107,68 @@ def test_starts_are_the_same_anywhere_and_better_than_random(init):
     assert len(np.unique(few.assignment)) == 5
 
 
+def outliers(rows=1000, alone=60, centers=12, width=64) -> np.ndarray:
+    """Tight groups, and `alone` rows at the end that are far from them and from each other."""
+    x = drawn(rows=rows, centers=centers, width=width, spread=0.1)
+    rng = np.random.default_rng(6)
+    far = rng.normal(size=(alone, width))
+    return np.concatenate([x, (far / np.linalg.norm(far, axis=1, keepdims=True)).astype(np.float16)])
+
+
+def test_parallel_starts_weigh_the_drawn_rows(monkeypatch):
+    """Of the drawn rows many are outliers; a start by distance alone takes little else, one by weight the groups."""
+    x = outliers()
+    seeds = range(5)
+    starts = [fit(x, k=12, iterations=0, init="k-means||", seed=seed) for seed in seeds]
+    rows = exact.unit(x)
+    alone = [np.sum((start.centroids @ rows.T).argmax(axis=1) >= 1000) for start in starts]
+    assert np.mean(alone) < 4 and max(alone) < 8, alone
+    weighed = [fit(x, k=12, iterations=1, init="k-means||", seed=seed).objective[0] for seed in seeds]
+    kept = seeding._weighted
+    monkeypatch.setattr(
+        seeding, "_weighted", lambda tiles, norms, weight, *rest: kept(tiles, norms, np.sign(weight), *rest)
+    )
+    plain = [fit(x, k=12, iterations=1, init="k-means||", seed=seed).objective[0] for seed in seeds]
+    assert np.mean(weighed) > np.mean(plain) + 0.05, (weighed, plain)
+
+
+def test_weights_are_how_many_rows_are_nearest(monkeypatch):
+    x, told = drawn(rows=400, centers=20), []
+    monkeypatch.setattr(
+        seeding, "_weighted", lambda tiles, norms, weight, k, rng: told.append(weight) or np.flatnonzero(weight)[:k]
+    )
+    fit(x, k=10, iterations=0, init="k-means||", chunk=64, count=2)
+    (weight,) = told
+    held = np.flatnonzero(weight)
+    nearest = np.argmax(exact.unit(x) @ exact.unit(x[held]).T, axis=1)
+    wanted = np.bincount(held[nearest[np.any(x, axis=1)]], minlength=400)
+    assert weight.sum() == 398 and len(held) > 30
+    assert np.abs(weight - wanted).sum() <= 12  # int8 copies and the rows themselves may differ on close calls
+
+
+def test_weighted_draws_are_those_of_one_at_a_time():
+    """The second row of two is drawn in proportion to weight · distance, also where it comes from the same batch."""
+    x = np.eye(4, dtype=np.float16)
+    x[1] = [1, 1, 0, 0]  # 1 − cos to row 0 is 0.29, to the others 1
+    weight, seen = np.array([1e9, 30.0, 10.0, 0.0]), np.zeros(4)
+    with devices(1):
+        made = tiles.Tiles(x, 2, 4, np.float32)
+        for seed in range(400):
+            chosen = seeding._weighted(made, np.linalg.norm(x, axis=1), weight, 2, np.random.default_rng(seed))
+            assert len(chosen) == 2
+            seen[chosen[1]] += 1
+    share = 30 * (1 - 0.5**0.5)
+    assert seen[3] == 0 and seen[1] / 400 == pytest.approx(share / (share + 10), abs=0.1)
+
+
+@pytest.mark.parametrize(("count", "chunk", "memory"), [(8, 1060, 0), (3, 100, 0), (2, 128, STREAMED)])
+def test_parallel_starts_do_not_depend_on_devices_tiles_and_streams(count, chunk, memory):
+    start = {"k": 40, "iterations": 0, "init": "k-means||"}
+    wanted = fit(outliers(), chunk=2000, **start).centroids
+    found = fit(outliers(), count=count, chunk=chunk, memory=memory, **start).centroids
+    assert wanted.tobytes() == found.tobytes() and len(np.unique(wanted, axis=0)) == 40
+
+
 def test_plus_plus_of_streamed_rows_is_refused():
     """It would read them once for each cluster; and another rule in its place would be a start that memory decides."""
     with pytest.raises(ValueError, match=r"take k-means\|\|, or a larger cluster.memory_mib"):
@@ -179,3 +241,64 @@ def test_a_sketch_says_what_it_holds():
     polished = fit(x, init=start, tolerance=3e-4)
     assert polished.objective[-1] > fit(x).objective[-1] * 0.99 and polished.iterations <= 4
     assert none is None and little["energy"] < 0.5
+
+
+def test_a_sketch_of_long_rows_of_small_numbers():
+    """Their coordinates along the directions are above what a feature may be; the numbers themselves are not."""
+    x = (drawn(spread=0.2, centers=24).astype(np.float32) * 32).astype(np.float16)
+    assert np.abs(x).max() < 16 < np.linalg.norm(x.astype(np.float32), axis=1).max()
+    settings = {"rank": 30, "seed": 1, "iterations": 20, "chunk": 128}
+    with devices(2):
+        start, told = sketch.start(x, 24, **settings)
+        short, small = sketch.start((x.astype(np.float32) / 32).astype(np.float32), 24, memory=STREAMED, **settings)
+    assert told["objective"] == pytest.approx(32 * small["objective"], rel=1e-3)
+    assert np.mean(np.sum(start * short, axis=1) > 0.999) > 0.8
+
+
+def test_cosines_read_few_chunks_twice():
+    """Blocks of whole store chunks, within a bounded memory, and each row's cosine that of the row alone."""
+    x, seen = drawn(rows=3000, width=64), []
+
+    class Counted:
+        shape, dtype = (3000, 64), np.dtype(np.float16)
+
+        def __len__(self):
+            return 3000
+
+        def __getitem__(self, part):
+            seen.append(part)
+            return x[part]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "READ", 1000 * 64 * 2)
+        patch.setattr(exact, "BLOCK", 50 * 64)  # rows in float64 at a time
+        labels, told = np.arange(3000) % 7, []
+        found = kmeans.cosines(Counted(), exact.unit(x[:7]), labels, lambda *at: told.append(at))
+    assert [(part.start, part.stop) for part in seen] == [(0, 768), (768, 1536), (1536, 2304), (2304, 3000)]
+    assert [done for _, done, _ in told] == [0, 768, 1536, 2304, 3000] and {of for *_, of in told} == {3000}
+    for row in (0, 7, 49, 50, 767, 768, 2999):
+        alone = kmeans.cosines(x[row : row + 1], exact.unit(x[:7]), labels[row : row + 1])
+        assert alone[0] == found[row]
+
+
+def test_a_sketch_measures_the_rows_once():
+    """Its tiles go on to `fit`, which measures no row again."""
+    x, read = drawn(spread=0.2, centers=24), []
+
+    class Counted:
+        shape, dtype = x.shape, x.dtype
+
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, rows):
+            if isinstance(rows, slice):
+                read.append(rows)
+            return x[rows]
+
+    with devices(1):
+        held = kmeans.lay_out(Counted(), 24, 700)
+        start, _ = sketch.start(Counted(), 24, rank=30, seed=1, iterations=5, chunk=700, source=held)
+        found = kmeans.fit(Counted(), 24, seed=1, iterations=5, chunk=700, init=start, tiles=held)
+    assert found.resident and len(read) == 1
+    same(found, fit(x, init=start, iterations=5))

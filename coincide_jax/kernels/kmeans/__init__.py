@@ -26,9 +26,11 @@ from coincide_jax.kernels.kmeans import products, seeding
 from coincide_jax.kernels.kmeans.exact import LARGEST, cosines, members, unit
 from coincide_jax.kernels.kmeans.seeding import NAMES as INITS
 from coincide_jax.kernels.kmeans.sweep import Sweeper
-from coincide_jax.kernels.kmeans.tiles import RowError, Tiles, fast_dtype, put
+from coincide_jax.kernels.kmeans.tiles import OnTile, RowError, Tiles, fast_dtype, put
 
-__all__ = ["HISTORY", "INITS", "LARGEST", "KMeansResult", "RowError", "State", "assign", "cosines", "fit", "members"]
+__all__ = [
+    "HISTORY", "INITS", "LARGEST", "KMeansResult", "RowError", "State", "assign", "cosines", "fit", "lay_out", "members"
+]  # fmt: skip
 HISTORY = ("objective", "imbalance", "empties", "moved", "work", "seconds")
 
 
@@ -60,6 +62,14 @@ class State(NamedTuple):
         return cls(np.asarray(centroids, np.float32), np.array(assignment, np.int32), np.asarray(history, np.float64))
 
 
+def lay_out(
+    features, k: int, chunk: int, memory: int = 0, product: str = "auto", on_tile: OnTile | None = None
+) -> Tiles:
+    """The rows on the devices or on their way there, for several calls that would else read and measure them anew. The
+    arguments are those of `fit`."""
+    return Tiles(features, k, chunk, fast_dtype(product), memory, on_tile)
+
+
 def fit(
     features,
     k: int,
@@ -75,6 +85,8 @@ def fit(
     on_state: Callable[[State], None] | None = None,
     state_every: int = 1,
     resume: State | None = None,
+    on_tile: OnTile | None = None,
+    tiles: Tiles | None = None,
 ) -> KMeansResult:
     """Clusters the rows of `features` by direction.
 
@@ -97,6 +109,8 @@ def fit(
       on_iteration: called after each pass with {iteration, objective, …}, the names of `HISTORY`.
       on_state: called with the `State` after every `state_every` iterations.
       resume: where an earlier call with the same arguments stood.
+      on_tile: called within every pass over the rows, with what is counted, how many are done and of how many.
+      tiles: what `lay_out` made with the same arguments, `on_tile` being one.
 
     Raises:
       RowError: a row that is not finite or too large. ValueError: k outside 1..N, `init` of another shape or name.
@@ -106,7 +120,7 @@ def fit(
         raise ValueError(f"k = {k} clusters of {rows} rows; expected 1 to {rows}")
     if not isinstance(init, str) and np.shape(init) != (k, features.shape[1]):
         raise ValueError(f"init has shape {np.shape(init)}; expected {(k, features.shape[1])}")
-    tiles = Tiles(features, k, chunk, fast_dtype(product), memory)
+    tiles = tiles or lay_out(features, k, chunk, memory, product, on_tile)
     sweeper = Sweeper(tiles, k, None if resume is None else resume.assignment.copy())
     if resume is not None:
         first = resume.centroids
@@ -149,10 +163,12 @@ def _ended(history: list[tuple], tolerance: float | None) -> bool:
     return tolerance is not None and len(history) > 1 and history[-1][0] < history[-2][0] * (1 + tolerance)
 
 
-def assign(features, centroids, chunk: int, memory: int = 0, product: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+def assign(
+    features, centroids, chunk: int, memory: int = 0, product: str = "auto", on_tile: OnTile | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the nearest centroid of each row and the cosine to it: `(i32[N], f32[N])`. Ties to the smallest index."""
     centroids = np.asarray(centroids, np.float32)
-    tiles = Tiles(features, len(centroids), chunk, fast_dtype(product), memory)
+    tiles = lay_out(features, len(centroids), chunk, memory, product, on_tile)
     sweeper = Sweeper(tiles, len(centroids))
     sweeper.run(put(centroids, tiles.whole), None, with_sums=False)
-    return sweeper.assignment, cosines(features, centroids, sweeper.assignment)
+    return sweeper.assignment, cosines(features, centroids, sweeper.assignment, on_tile)

@@ -5,13 +5,15 @@ along one row. It depends on the row and the centroids alone.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 GRID = 2.0**24  # features are integers over this
 LARGEST = 16.0  # of a feature's magnitude
 BLOCK = 1 << 20  # float64 numbers of an array in work: 8 MiB
+READ = 32 << 20  # bytes of rows read at once, in multiples of `HEIGHT` rows
+HEIGHT = 256  # rows of which a store decodes all when it is asked for one
 SLACK = 1e-14  # float64 products of rows of length 1 differ by less than this times their width
 
 
@@ -55,14 +57,27 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def cosines(features, centroids, assignment) -> np.ndarray:
-    """The cosine f32[N] of each row to the unit centroid of its cluster; 0 for zero rows."""
+def reads(rows: int, features) -> Iterator[slice]:
+    """Cuts so many rows of features for reading: about `READ` bytes, that few of a store's chunks are decoded twice."""
+    height = HEIGHT * features.shape[1] * np.dtype(features.dtype).itemsize
+    size = HEIGHT * max(READ // max(height, 1), 1)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def cosines(features, centroids, assignment, on_tile: Callable[[str, int, int], None] | None = None) -> np.ndarray:
+    """The cosine f32[N] of each row to the unit centroid of its cluster; 0 for zero rows. `on_tile`: of `fit`."""
     out = np.zeros(len(features), np.float32)
-    for part in blocks(*features.shape):
-        x = grid(features[part]).astype(np.float64)
-        length = np.sqrt(np.sum(x * x, axis=1))
-        dots = np.sum(x * centroids[assignment[part]].astype(np.float64), axis=1)
-        out[part] = dots / np.where(length > 0, length, 1.0)
+    for read in reads(len(features), features):
+        if on_tile:
+            on_tile("rows met with their centroid", read.start, len(out))
+        held, labels, found = features[read], assignment[read], out[read]
+        for part in blocks(*held.shape):
+            x = grid(held[part]).astype(np.float64)
+            length = np.sqrt(np.sum(x * x, axis=1))
+            dots = np.sum(x * centroids[labels[part]].astype(np.float64), axis=1)
+            found[part] = dots / np.where(length > 0, length, 1.0)
+    if on_tile and len(out):
+        on_tile("rows met with their centroid", len(out), len(out))
     return out
 
 

@@ -22,7 +22,7 @@ def first(tiles: Tiles, norms: np.ndarray, k: int, seed: int, name: str) -> np.n
     """`k` first centroids f32[K, D], unit rows of distinct rows; zero rows only when there are too few others.
 
     `k-means++` makes K passes over rows that lie on the devices; `k-means||` draws about 2 k rows in each of `ROUNDS`,
-    and holds as many as it has drawn.
+    a pass for every `BATCH` of them, and k of those in little more than a pass for every `BATCH`.
 
     Raises:
       ValueError: another name; k-means++ of rows that are streamed.
@@ -55,37 +55,61 @@ def _plus_plus(tiles: Tiles, norms: np.ndarray, k: int, rng, order: np.ndarray) 
         if row < 0:  # all other rows have the direction of a drawn one
             break
         chosen.append(row)
-        far = _distances(tiles, norms, np.array([row]), far)
+        far = _distances(tiles, norms, np.array([row]), far, at=(len(chosen) - 1, k))
     return _filled(np.array(chosen), order, k)
 
 
 def _parallel(tiles: Tiles, norms: np.ndarray, k: int, rng, order: np.ndarray) -> np.ndarray:
-    """Numbers of k rows: several rounds of many rows at once, then k of those by their weight."""
-    drawn = np.array([order[0]])
-    far = _distances(tiles, norms, drawn, np.full(tiles.rows, 2.0, np.float32))
+    """Numbers of k rows: several rounds of many rows at once, then k of those by how many rows each is nearest to."""
+    drawn, owner = np.array([order[0]]), np.zeros(tiles.rows, np.int64)
+    far = _distances(tiles, norms, drawn, np.full(tiles.rows, 2.0, np.float32), owner)
     for _ in range(ROUNDS):
         share = far.astype(np.float64) * (2 * k / max(np.sum(far, dtype=np.float64), 1e-30))
         new = np.setdiff1d(np.flatnonzero(rng.random(tiles.rows) < share), drawn)
         if len(new):
-            far = _distances(tiles, norms, new, far)
+            far = _distances(tiles, norms, new, far, owner)
             drawn = np.append(drawn, new)
     if len(drawn) <= k:
         return _filled(drawn, order, k)
-    some = exact.unit(exact.grid(tiles.features[np.sort(drawn)]))
-    drawn = np.sort(drawn)
-    scores = np.rint(some * 127.0 / np.abs(some).max(axis=1, keepdims=True)).astype(np.float32)
-    scores /= np.sqrt(np.sum(scores.astype(np.float64) ** 2, axis=1, keepdims=True)).astype(np.float32)
-    near, chosen = np.full(len(drawn), 2.0), []
-    weight = np.full(len(drawn), 1.0)
-    for _ in range(k):
-        row = _draw(weight * near, rng) if chosen else 0
-        if row < 0:
+    weight = np.bincount(owner[norms > 0], minlength=tiles.rows).astype(np.float64)
+    return _filled(_weighted(tiles, norms, weight, k, rng), order, k)
+
+
+def _weighted(tiles: Tiles, norms: np.ndarray, weight: np.ndarray, k: int, rng) -> np.ndarray:
+    """k-means++ among rows of weights f64[N]: numbers of at most k rows, one drawn after the other.
+
+    A pass over the rows for each would be K passes. Instead `BATCH` rows at a time are drawn by the distances of the
+    last pass, and each is taken with the probability now over then, which leaves every draw what it would have been
+    (rejection: the distances only fall). A drawn row's distance now needs the products of the batch alone.
+    """
+    chosen, far = np.zeros(0, np.int64), np.full(tiles.rows, 2.0, np.float32)
+    while len(chosen) < k:
+        running = np.cumsum(weight * far)
+        if running[-1] <= 0:  # all others have the direction of a drawn one
             break
-        chosen.append(row)
-        dots = np.sum(scores * scores[row], axis=1, dtype=np.float64)
-        near = np.minimum(near, np.maximum(1.0 - dots, 0.0))
-        near[row] = 0.0
-    return _filled(drawn[chosen], order, k)
+        tries = np.searchsorted(running, rng.random(BATCH) * running[-1], side="right")
+        rows, place = np.unique(tries, return_inverse=True)
+        away = _apart(exact.grid(tiles.features[rows]))
+        now, taken = far[rows].astype(np.float64), []
+        for one, luck in zip(place, rng.random(BATCH), strict=True):
+            if luck * far[rows[one]] < now[one] and len(chosen) + len(taken) < k:
+                taken.append(rows[one])
+                now = np.minimum(now, away[one])
+        far = _distances(tiles, norms, np.array(taken), far, at=(len(chosen), k))
+        chosen = np.append(chosen, taken)
+    return chosen
+
+
+def _apart(rows: np.ndarray) -> np.ndarray:
+    """1 − cos between int8 copies of rows f[n, D]: f64[n, n], of exact products; 0 of a row to itself."""
+    x = rows.astype(np.float32)
+    largest = np.max(np.abs(x), axis=1, keepdims=True)
+    x = np.rint(x * (np.float32(127.0) / np.where(largest > 0, largest, np.float32(1)))).astype(np.float64)
+    dots = x @ x.T
+    length = np.sqrt(np.maximum(np.diag(dots), 1.0))
+    out = np.maximum(1.0 - dots / length[:, None] / length[None, :], 0.0)
+    np.fill_diagonal(out, 0.0)
+    return out
 
 
 def _draw(weights: np.ndarray, rng) -> int:
@@ -102,24 +126,34 @@ def _filled(chosen: np.ndarray, order: np.ndarray, k: int) -> np.ndarray:
     return np.append(chosen, others[: k - len(chosen)])
 
 
-def _distances(tiles: Tiles, norms: np.ndarray, rows: np.ndarray, far: np.ndarray) -> np.ndarray:
-    """min(far, 1 − cos to the nearest of `rows`) f32[N]; 0 for these rows and for rows of length zero."""
-    for begin in range(0, len(rows), BATCH):
-        part = rows[begin : begin + BATCH]
+def _distances(tiles: Tiles, norms, rows: np.ndarray, far: np.ndarray, owner=None, at=(0, 0)) -> np.ndarray:
+    """min(far, 1 − cos to the nearest of `rows`) f32[N]; 0 for these rows and for rows of length zero. `owner` i64[N]
+    is told the number of that row where it is nearer than all before. `at`: this is one of so many turns, which are
+    told of; (0, 0) = of as many as there are batches."""
+    for turn, begin in enumerate(range(0, len(rows), BATCH)):
+        turn, turns = at if at[1] else (turn, -(-len(rows) // BATCH))
+        part = np.sort(rows[begin : begin + BATCH])
         size = 1 if len(rows) == 1 else BATCH
-        held = put(exact.grid(tiles.features[np.pad(np.sort(part), (0, size - len(part)), mode="edge")]), tiles.whole)
-        for tile, x, _ in tiles.read(np.ones(tiles.count, bool)):
+        part = np.pad(part, (0, size - len(part)), mode="edge")
+        held = put(exact.grid(tiles.features[part]), tiles.whole)
+        for tile, x, _ in tiles.read(np.ones(tiles.count, bool), "tiles met with drawn rows", turn, turns):
             start, stop = tiles.span(tile)
-            found = np.asarray(_nearest_int8(x, held))[: stop - start]
-            far[start:stop] = np.minimum(far[start:stop], np.maximum(np.float32(1) - found, 0))
+            found, which = (np.asarray(value)[: stop - start] for value in _nearest_int8(x, held))
+            away = np.maximum(np.float32(1) - found, 0)
+            if owner is not None:
+                nearer = np.flatnonzero(away < far[start:stop])
+                owner[start + nearer] = part[which[nearer]]
+            far[start:stop] = np.minimum(far[start:stop], away)
     far[rows] = 0
     far[norms == 0] = 0
+    if owner is not None:
+        owner[rows] = rows
     return far
 
 
 @jax.jit
 def _nearest_int8(x, held):
-    """Largest cosine of int8 copies f32[C] of rows f[C, D] and `held` f[n, D]."""
+    """Largest cosine of int8 copies f32[C] of rows f[C, D] and `held` f[n, D], and the first that has it i32[C]."""
 
     def small(x):
         x = x.astype(jnp.float32)
@@ -133,8 +167,12 @@ def _nearest_int8(x, held):
             jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(rows.astype(jnp.int32)), axis=1), 1).astype(jnp.float32))
             for rows in (x, held)
         ]
-        cosines = dots.astype(jnp.float32) / lengths[1][None, :] / lengths[0][:, None]
-        return products.everywhere(jnp.max(cosines, axis=1))[0]
+        # the barrier has them made once, so that the largest is among what it is compared with
+        cosines = jax.lax.optimization_barrier(dots.astype(jnp.float32) / lengths[1][None, :] / lengths[0][:, None])
+        top = jnp.max(cosines, axis=1)
+        index = jnp.arange(cosines.shape[1], dtype=jnp.int32)[None, :]
+        which = jnp.min(jnp.where(cosines == top[:, None], index, cosines.shape[1] - 1), axis=1)
+        return products.everywhere(top, which)
 
     return products.over_rows(local, "r.")(x, held)
 
@@ -156,7 +194,7 @@ def reseed(features, norms, assignment, sizes, lengths, centroids: jax.Array) ->
             members = np.flatnonzero((assignment == largest) & (norms > 0))
             own = np.asarray(centroids[largest : largest + 1])
             near = np.zeros(len(members), np.float32)
-            for part in exact.blocks(len(members), features.shape[1]):  # a cluster may hold most of the rows
+            for part in exact.reads(len(members), features):  # a cluster may hold most of the rows
                 x = features[members[part]]
                 near[part] = exact.cosines(x, own, np.zeros(len(x), np.int32))
             farthest[largest] = list(members[np.argsort(near, kind="stable")][: len(empty)])

@@ -64,7 +64,7 @@ class Sweeper:
         self.work, moved, waiting = 0.0, 0, None
         if fresh and with_sums:
             wanted[:] = True
-        for tile, x, fast in tiles.read(wanted):
+        for tile, x, fast in tiles.read(wanted, "tiles assigned"):
             calls = self._dispatch(tile, fast, prefix)
             if waiting:
                 moved += self._finish(*waiting, fresh, with_sums)

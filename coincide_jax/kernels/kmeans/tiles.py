@@ -3,7 +3,7 @@
 import concurrent.futures
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,10 @@ from coincide_jax.kernels.kmeans.exact import LARGEST, grid
 CENTROID_BYTES = 80  # on a device for each number of the centroids, at most (`kmeans.fit` says of what)
 CPU_MEMORY = 4 << 30  # bytes for features on CPUs, where there is no device memory to ask for
 SIZES = (128, 512)  # rows a device of one call for chosen rows
+
+
+# told of a pass over the rows: what is counted, how many are done (0 before the first), of how many
+OnTile = Callable[[str, int, int], None]
 
 
 class RowError(ValueError):
@@ -98,8 +102,8 @@ class Tiles:
       per: rows a device of a tile. chunk: rows of a tile over all devices, C. count: tiles. resident: kept?
     """
 
-    def __init__(self, features, k: int, chunk: int, dtype, memory: int = 0):
-        """`memory`: bytes for features on all devices; 0 = what they have free."""
+    def __init__(self, features, k: int, chunk: int, dtype, memory: int = 0, on_tile: OnTile | None = None):
+        """`memory`: bytes for features on all devices; 0 = what they have free. `on_tile`: called by every pass."""
         mesh = jax.sharding.get_mesh()
         self.features, self.dtype, self.shards = features, jnp.dtype(dtype), mesh.size
         self.rows, self.width = features.shape
@@ -108,7 +112,9 @@ class Tiles:
         memory = memory or device_memory(k, self.width)
         cut = tiling(self.rows, self.width, k, chunk, self.shards, stored, self.dtype, memory)
         self.per, self.chunk, self.count, self.resident = cut
+        self.on_tile = on_tile or (lambda *_: None)
         self.kept: list = [None] * self.count
+        self.measured: tuple[np.ndarray, np.ndarray] | None = None
         self._same = stored == self.dtype
 
     def span(self, tile: int) -> tuple[int, int]:
@@ -134,9 +140,20 @@ class Tiles:
             return np.zeros((end - begin, self.width), stored)
         return np.pad(x, ((0, end - begin - len(x)), (0, 0)))
 
-    def read(self, wanted: np.ndarray) -> Iterator[tuple]:
-        """Yields (tile, x, fast) of the wanted tiles bool[count], the next one being read meanwhile."""
+    def read(self, wanted: np.ndarray, what: str = "", turn: int = 0, turns: int = 1) -> Iterator[tuple]:
+        """Yields (tile, x, fast) of the wanted tiles bool[count], the next one being read meanwhile.
+
+        `what` is told of them, of so many turns of the like; nothing if it is empty.
+        """
         order = np.flatnonzero(wanted)
+        if what and turn == 0 and len(order):
+            self.on_tile(what, 0, turns * len(order))
+        for done, loaded in enumerate(self._loaded(order)):
+            yield loaded
+            if what:
+                self.on_tile(what, turn * len(order) + done + 1, turns * len(order))
+
+    def _loaded(self, order: np.ndarray) -> Iterator[tuple]:
         if self.resident:
             for tile in order:
                 if self.kept[tile] is None:
@@ -166,13 +183,15 @@ class Tiles:
             begin += size
 
     def measure(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths f64[N] of the rows, and how much each loses in the cast to the fast type f64[N].
+        """Lengths f64[N] of the rows, and how much each loses in the cast to the fast type f64[N]; read once.
 
         Raises:
           RowError: a row that is not finite or holds a magnitude above 16.
         """
+        if self.measured is not None:
+            return self.measured
         norms, lost = np.zeros(self.rows), np.zeros(self.rows)
-        for tile, x, fast in self.read(np.ones(self.count, bool)):
+        for tile, x, fast in self.read(np.ones(self.count, bool), "tiles measured"):
             start, stop = self.span(tile)
             with jax.enable_x64(True):
                 found = products.inspect(x, fast, x.dtype != np.float16)
@@ -186,7 +205,8 @@ class Tiles:
                 what = f"holds a value of magnitude {value:g}" if np.isfinite(value) else "is not finite"
                 raise RowError(start + int(bad[0]), what)
             norms[start:stop], lost[start:stop] = np.sqrt(length[: stop - start]), cast[: stop - start]
-        return norms, lost
+        self.measured = norms, lost
+        return self.measured
 
 
 # not a method: what refers to its Tiles would keep the features on the devices until the next garbage collection
