@@ -125,6 +125,22 @@ def test_every_answer_is_on_the_list_once_and_within_the_budget(made):
     assert all(made["records"][line["index"]]["id"] == line["id"] for line in lines)
 
 
+def test_skill_it_keeps_the_same_budget(made, tmp_path):
+    """Two epochs of it are over the same records, and those that it evaluates by are taken from it."""
+    config = demo.get_config("tiny,curriculum=skill_it").unlock()
+    config.train.epochs = 2.0
+    config.curriculum.update(probe=1, graph="identity")
+    stage = next(stage for stage in pipeline.STAGES if stage.name == "train")
+    mesh, inputs = (
+        axes.make_mesh(devices=jax.devices()[:1]),
+        {name: made["folders"][name] for name in ("dataset", "base")},
+    )
+    with jax.set_mesh(mesh):
+        summary = stage.run(pipeline.subset(config.lock(), stage.keys), inputs, tmp_path, mesh)
+    budget = -(-len(made["split"]["pool"]) // 5)
+    assert summary["records"] == 2 * budget and summary["distinct"] + summary["arms"] == budget
+
+
 def test_the_warm_up_is_asked_for_first(made):
     warm = np.load(made["folders"]["select/warmup"] / "indices.npy")
     arms = artifacts.read_json(made["folders"]["train"] / "manifest.json")["summary"]["arms"]
