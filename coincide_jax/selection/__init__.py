@@ -11,6 +11,7 @@ from coincide_jax.core import artifacts, store
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
 from coincide_jax.dataset import source
+from coincide_jax.kernels import kmeans
 from coincide_jax.selection import coincide, random
 from coincide_jax.selection.view import Selection, SelectionView, reader
 
@@ -84,8 +85,11 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     if len(features) != len(valid):
         raise UserError(f"features {features.path} have {len(features)} rows; expected {len(valid)}, one a record")
     budget = _budget(keys.fraction, int(np.sum(valid)), inputs.get("match"))
+    decoded = not features.mapped and assignment is not None
+    members = kmeans.members(assignment, len(centroids)) if decoded else None
+    rows = reader(features, (keys.cache_mib << 20) // 2, out, members)
     view = SelectionView(
-        features=reader(features, (keys.cache_mib << 20) // 2, out),
+        features=rows,
         valid=valid,
         assignment=assignment,
         centroids=centroids,
