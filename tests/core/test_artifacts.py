@@ -78,3 +78,27 @@ def test_broken_json_names_line_and_column(tmp_path):
 def test_unknown_names_the_nearest():
     assert str(unknown("stage", "clustr", ("cluster", "select"))) == "unknown stage 'clustr'; did you mean 'cluster'?"
     assert "cluster, select" in str(unknown("stage", "zzz", ("cluster", "select")))
+
+
+def test_an_error_of_another_file_is_not_one_of_writing(tmp_path):
+    with pytest.raises(FileNotFoundError), artifacts.atomic(tmp_path / "a"):
+        (tmp_path.parent / "nowhere" / "b").read_text()
+    with pytest.raises(UserError, match="a/b cannot be written: File exists"):
+        (tmp_path / "a").write_text("")
+        artifacts.write_text(tmp_path / "a" / "b", "")
+    with pytest.raises(UserError, match="a cannot be written: "):
+        (tmp_path / "c").mkdir()
+        artifacts.write_json(tmp_path / "c" / "d", 1)
+        with artifacts.atomic(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise OSError("no room")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"] and (tmp_path / "a").read_text() == ""
+
+
+def test_arrays_of_every_layout_come_back(tmp_path):
+    whole = np.arange(60, dtype=np.int32).reshape(6, 10)
+    for array in (whole, whole[::2, 1::3], np.asfortranarray(whole), whole[:0], whole[2, 3]):
+        artifacts.write_npy(tmp_path / "a.npy", array)
+        found = np.load(tmp_path / "a.npy")
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
