@@ -96,7 +96,7 @@ def cut_jsonl(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
 
 
 class _Written(NamedTuple):
-    """A file of which NumPy knows `write` alone: into a real one it writes by a buffer of its own, and where the disk is
+    """A file of which NumPy knows `write` alone: to a real one it writes by a buffer of its own, and where the disk is
     full the end of an array is lost without an error."""
 
     write: Callable[[bytes], int]
