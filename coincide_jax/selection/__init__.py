@@ -62,7 +62,8 @@ def check(config) -> None:
 
 def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
     """Runs the stage; writes indices.npy, coreset.json, records.parquet and, where there are clusters,
-    clusters.parquet. Without a data set (arrays made elsewhere) there is no coreset.json, and every row counts.
+    clusters.parquet, whose column `given` has the numbers of clusters made elsewhere, where empty ones of them were
+    dropped. Without a data set (arrays made elsewhere) there is no coreset.json, and every row counts.
 
     `inputs['match']`, if there, is the folder of another selection; then this one holds exactly as many records.
 
@@ -107,6 +108,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         columns["cluster"] = assignment[chosen.indices]
         picked = np.bincount(assignment[chosen.indices], minlength=len(centroids))
         table = {"cluster": np.arange(len(centroids)), "size": np.bincount(assignment[valid], minlength=len(centroids))}
+        if (inputs["cluster"] / "given.npy").is_file():
+            table["given"] = np.load(inputs["cluster"] / "given.npy")
         artifacts.write_parquet(out / "clusters.parquet", table | chosen.clusters | {"picked": picked})
         summary |= {"clusters": len(centroids), "clusters_picked": int(np.sum(picked > 0))}
     artifacts.write_parquet(out / "records.parquet", columns | chosen.records)
