@@ -45,14 +45,18 @@ def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
         else:
             with contextlib.suppress(OSError):  # where its folder could not be made
                 temporary.unlink()
-        if isinstance(error, OSError) and not _elsewhere(error, path):
-            raise UserError(f"{path} cannot be written: {error.strerror or str(error).splitlines()[0]}") from error
+        if _of_writing(error, path):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written: {reason}") from error
         raise
 
 
-def _elsewhere(error: OSError, path: pathlib.Path) -> bool:
-    """Whether an error names a file that does not belong to `path`, and so is none of writing it."""
-    return error.filename is not None and not pathlib.Path(str(error.filename)).is_relative_to(path.parent)
+def _of_writing(error: BaseException, path: pathlib.Path) -> bool:
+    """Whether an error comes of writing `path`: one of the system that names no file elsewhere. safetensors and
+    tokenizers raise exceptions of other types, with the system's number in the text."""
+    if isinstance(error, OSError):
+        return error.filename is None or pathlib.Path(str(error.filename)).is_relative_to(path.parent)
+    return "(os error " in str(error) and not isinstance(error, UserError)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

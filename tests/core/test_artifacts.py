@@ -1,5 +1,8 @@
 """Files whole or not at all; a feature store that never reads damage as zeros."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -102,3 +105,25 @@ def test_arrays_of_every_layout_come_back(tmp_path):
         found = np.load(tmp_path / "a.npy")
         assert found.dtype == array.dtype
         np.testing.assert_array_equal(found, array)
+
+
+RUST = """
+import pathlib, resource, sys
+import numpy as np
+from safetensors.numpy import save_file
+from coincide_jax.core import artifacts
+from coincide_jax.core.errors import UserError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+try:
+    with artifacts.atomic(pathlib.Path(sys.argv[1]) / "model.safetensors") as temporary:
+        save_file({"a": np.zeros(4000, np.float32)}, temporary)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_no_room_for_weights_is_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, "-c", RUST, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith(f"{tmp_path}/model.safetensors cannot be written: "), done.stderr
+    assert "File too large" in done.stdout and not list(tmp_path.iterdir())
