@@ -3,7 +3,8 @@
 `select.cache_mib` is shared out: half to the rows that are read at a time, a quarter to one batch of kernel matrices, a
 quarter to the rows of a matrix that is not stored. Clusters whose matrix fits its quarter (5,792 rows at 2,048 MiB) are
 measured and ordered in one pass, since the greedy order serves any quota; larger ones are measured tile by tile, and
-picked from once their quota is known. What is measured depends on none of these sizes but for float64's last digit.
+picked from once their quota is known. A store decoded by chunks that does not fit is read once, as a copy by clusters
+(`view.reader`). What is measured depends on none of these sizes but for float64's last digit.
 """
 
 from collections.abc import Iterator, Sequence
