@@ -13,6 +13,9 @@ Writes    select/indices.npy      int64 [M], in the order of selection
           select/records.parquet  index, cluster, rank and score of each chosen row
           cluster/centroids.npy, cluster/assignment.npy
 
+Given clusters without a record are dropped and the others numbered anew, here and in assignment.npy; the column `given`
+of clusters.parquet, and cluster/given.npy, then hold the numbers that they had.
+
 With clusters given and select.variant=official (the default) the indices are those that the rules of the authors'
 program give, in its order: tests/selection/test_official.py compares with a slow transcription of those rules, not with
 the program itself. Where that program divides 0 by 0 or breaks (a centroid without cosines below 0.9, an empty

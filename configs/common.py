@@ -126,7 +126,7 @@ def defaults() -> ConfigDict:
                 intra="mmd",  # mmd | nearest | random
                 refine=0,  # sweeps that exchange picks for lower MMD² after the greedy ones; 0 = none
                 gram="float64",  # float32: the inner products; what it costs in picks and MMD² is measured and told
-                cache_mib=2048,  # memory of rows and kernel matrices; a matrix above a sixteenth is made in parts
+                cache_mib=2048,  # memory of rows and kernel matrices; a matrix above an eighth is made in parts
             ),
             curriculum=dict(
                 name="uniform",

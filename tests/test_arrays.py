@@ -1,6 +1,11 @@
 """`configs/arrays.py`: a selection from arrays alone, by the command as its document shows it; wrong arrays end in one
 sentence and leave nothing."""
 
+import json
+import pathlib
+import subprocess
+import sys
+
 import command
 import numpy as np
 import pytest
@@ -26,12 +31,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, *more, clusters=True, layers=5, fraction=0.2):
+def arguments(folder, *more, clusters=True, layers=5, fraction=0.2) -> tuple[str, ...]:
     given = (
         f"--config.cluster.centroids={folder}/kmeans_centroids.npy",
         f"--config.cluster.assignment={folder}/nearest_cent.npy",
     )
-    return command.call(
+    return (
         "--config=configs/arrays.py",
         f"--workdir={folder}/w",
         f"--config.extract.features={folder}/tan_act.npy",
@@ -41,6 +46,10 @@ def run(folder, *more, clusters=True, layers=5, fraction=0.2):
         f"--config.extract.num_layers={layers}",
         *more,
     )
+
+
+def run(folder, *more, **changes) -> tuple[int, str]:
+    return command.call(*arguments(folder, *more, **changes))
 
 
 def test_given_clusters(folder):
@@ -111,3 +120,38 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(folder, name):
     assert all(part in last for part in parts), last
     left = {path.name for path in (folder / "w").rglob("*") if path.is_file()} if (folder / "w").exists() else set()
     assert left <= {".lock", "started.json"}
+
+
+LIMITED = """
+import resource, runpy, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+runpy.run_module("coincide_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "which"), [(1500, "cluster/centroids.npy"), (3000, "/manifest.json"), (200, "started.json")]
+)
+def test_no_room_is_one_sentence_and_leaves_nothing_half_written(folder, limit, which):
+    """A limit on the size of files stands for a full disk: the write of one fails in its middle."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *arguments(folder)],
+        capture_output=True,
+        text=True,
+        cwd=command.ROOT,
+        env=command.environment() | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
+        timeout=300,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("coincide: ")]
+    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"{which} cannot be written: " in said[0], said[0]
+    files = {path.name: path for path in (folder / "w").rglob("*") if path.is_file()}
+    assert pathlib.Path(which).name not in files and not [name for name in files if name.endswith(".tmp")]
+    for name, path in files.items():
+        if name.endswith(".npy"):
+            np.load(path)
+        elif name.endswith(".json"):
+            json.loads(path.read_text())
+        elif name.endswith(".parquet"):
+            artifacts.read_parquet(path)

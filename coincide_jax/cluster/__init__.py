@@ -18,6 +18,8 @@ from coincide_jax.kernels import kmeans
 STAGE_VERSION = 4
 KEYS = ("cluster", "extract.features")
 WARMUP_KEYS = (*KEYS, "curriculum.warmup_k")
+GIVEN = "given.npy"
+UNIT = 1e-5  # by which the length of a unit row of float32 is off 1 at most
 
 
 def check(config) -> None:
@@ -39,7 +41,8 @@ def check(config) -> None:
 
 
 def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
-    """Runs the stage; writes centroids.npy f32[K, D], assignment.npy i32[N], history.json, quality.json, audit.parquet.
+    """Runs the stage; writes centroids.npy f32[K, D], assignment.npy i32[N], history.json, quality.json, audit.parquet;
+    and given.npy i64[K], the numbers that clusters made elsewhere had, where some without a record were dropped.
 
     Raises:
       UserError: unknown mode, features that do not fit the data set, are not finite or too large, no valid record,
@@ -86,6 +89,9 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     artifacts.write_json(out / "history.json", history | {"dropped": dropped})
     artifacts.write_json(out / "quality.json", quality)
     artifacts.write_parquet(out / "audit.parquet", columns)
+    (out / GIVEN).unlink(missing_ok=True)
+    if keys.centroids and dropped:
+        artifacts.write_npy(out / GIVEN, full.astype(np.int64))
     (out / centres.STATE).unlink(missing_ok=True)
     if dropped:
         say("cluster", f"{dropped} clusters had no record and were dropped")
@@ -130,7 +136,7 @@ def _valid(inputs: dict[str, pathlib.Path], path: pathlib.Path, total: int) -> n
 
 
 def _given(keys, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Centroids f32[K, D] and assignment i32[N] made elsewhere, checked against each other and the features."""
+    """Unit centroids f32[K, D] and assignment i32[N] made elsewhere, checked against each other and the features."""
     if not (keys.centroids and keys.assignment):
         missing = "assignment" if keys.centroids else "centroids"
         raise UserError(f"cluster.{missing} is empty; centroids and assignment made elsewhere are given together")
@@ -160,5 +166,7 @@ def _given(keys, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
             f"expected -1 (none) to {len(centroids) - 1}"
         )
     centroids = centroids.astype(np.float32)
-    length = np.linalg.norm(centroids, axis=1, keepdims=True)
-    return centroids / np.where(length > 0, length, 1), assignment.astype(np.int32)
+    length = np.sqrt(np.einsum("ij,ij->i", centroids, centroids, dtype=np.float64))
+    other = (length > 0) & (np.abs(length - 1) > UNIT)  # those of unit length stay as given, to the last digit
+    centroids[other] /= length[other, None].astype(np.float32)
+    return centroids, assignment.astype(np.int32)

@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,19 +28,35 @@ HASHED_BYTES = 2 << 30  # what comes from outside is hashed up to this size
 
 @contextlib.contextmanager
 def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary name beside `path`; what was written there takes the name `path` when the block ends well."""
+    """Yields a temporary name beside `path`; what was written there takes the name `path` when the block ends well.
+
+    Raises:
+      UserError: it cannot be written, for want of room or of rights; nothing of it stays.
+    """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where its folder could not be made
+                temporary.unlink()
+        if _of_writing(error, path):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written: {reason}") from error
         raise
+
+
+def _of_writing(error: BaseException, path: pathlib.Path) -> bool:
+    """Whether an error comes of writing `path`: one of the system that names no file elsewhere. safetensors and
+    tokenizers raise exceptions of other types, with the system's number in the text."""
+    if isinstance(error, OSError):
+        return error.filename is None or pathlib.Path(str(error.filename)).is_relative_to(path.parent)
+    return "(os error " in str(error) and not isinstance(error, UserError)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -82,10 +99,17 @@ def cut_jsonl(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
     write_text(path, "".join(line for line in whole if keep(json.loads(line))))
 
 
+class _Written(NamedTuple):
+    """A file of which NumPy knows `write` alone: to a real one it writes by a buffer of its own, and where the disk is
+    full the end of an array is lost without an error."""
+
+    write: Callable[[bytes], int]
+
+
 def write_npy(path: pathlib.Path, array: np.ndarray) -> None:
     """Writes a .npy file whole."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+        np.save(_Written(file.write), array)
 
 
 def write_parquet(path: pathlib.Path, columns: dict[str, Sequence]) -> None:

@@ -59,12 +59,21 @@ class JsonLines:
 
     def __init__(self, path: pathlib.Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("ab", buffering=0)  # nothing is left to be written when it is closed
 
     def write(self, **values) -> None:
-        """Writes one line."""
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        """Writes one line.
+
+        Raises:
+          UserError: it cannot be written, or not whole, for want of room; readers leave half a line out.
+        """
+        line = (json.dumps(values) + "\n").encode()
+        try:
+            written = self.file.write(line)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
+        if written < len(line):
+            raise UserError(f"{self.path} cannot be written: {written} of {len(line)} bytes had room")
 
     def close(self) -> None:
         """Closes the file."""

@@ -38,12 +38,17 @@ class Features:
         self.shape = tuple(int(size) for size in array.shape)
         self.dtype = np.dtype(array.dtype.numpy_dtype if isinstance(array, ts.TensorStore) else array.dtype)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether a row is read alone, from a memory map; else whole chunks are decoded for it."""
+        return isinstance(self._array, np.ndarray)
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows) -> np.ndarray:
         """`f[n, D]` for a slice of step 1 or an array of row numbers (or a mask); raises `UserError` for damage."""
-        if isinstance(self._array, np.ndarray):
+        if self.mapped:
             return np.array(self._array[rows])
         if isinstance(rows, slice):
             begin, end, step = rows.indices(len(self))
@@ -157,7 +162,7 @@ def open_features(path: pathlib.Path) -> Features:
         raise UserError(f"features {path} have shape {tuple(array.shape)}; expected [records, width]")
     features = Features(path, array)
     if features.dtype.kind != "f":
-        raise UserError(f"features {path} are of type {features.dtype}; expected float16 or float32")
+        raise UserError(f"features {path} are of type {features.dtype}; expected floating-point numbers")
     if (path / FINISHED).is_dir():
         _complete(path, len(features), array.chunk_layout.write_chunk.shape[0])
     return features

@@ -146,16 +146,34 @@ def _blocks(x, block: int, origin) -> Iterator[tuple[int, jax.Array]]:
 def _kernel(a, b, sigma, precision: str, centre: bool = False):
     """Gaussian kernel of all pairs of rows: f[…, n, D], f[…, m, D] → f64[…, n, m].
 
-    The rows are cast up `WIDE` columns at a time, and made less the first of `a` if `centre`.
+    The rows are cast up `WIDE` columns at a time at most, in a loop, since XLA holds several blocks, or the products of
+    all, at once where it is unrolled; on CPUs float32 products are slower inside a loop, float64 ones are not. With
+    `centre` the first row of each is taken off.
     """
     wide = jnp.float32 if precision == "float32" else jnp.float64
-    inner, left, right = 0.0, 0.0, 0.0
-    for begin in range(0, a.shape[-1], WIDE):
-        x, y = (part[..., begin : begin + WIDE].astype(wide) for part in (a, b))
+    width, own = a.shape[-1], a is b
+
+    def add(begin, sums, columns):
+        start = jnp.minimum(begin, width - columns)  # the last block begins early; what came before counts as 0
+        x, y = (jax.lax.dynamic_slice_in_dim(part, start, columns, axis=-1).astype(wide) for part in (a, b))
         if centre:
             x, y = x - x[..., :1, :], y - x[..., :1, :]
-        inner = inner + jnp.einsum("...id,...jd->...ij", x, y, precision=jax.lax.Precision.HIGHEST)
-        left, right = left + jnp.sum(x * x, axis=-1), right + jnp.sum(y * y, axis=-1)
+        if width % columns:
+            new = start + jnp.arange(columns) >= begin
+            x, y = jnp.where(new, x, 0), jnp.where(new, y, 0)
+        y = x if own else y
+        inner = jnp.einsum("...id,...jd->...ij", x, y, precision=jax.lax.Precision.HIGHEST)
+        return tuple(map(jnp.add, sums, (inner, jnp.sum(x * x, axis=-1), jnp.sum(y * y, axis=-1))))
+
+    shape = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    sums = tuple(jnp.zeros(s, wide) for s in ((*shape, a.shape[-2], b.shape[-2]), a.shape[:-1], b.shape[:-1]))
+    count = -(-width // WIDE)
+    columns = -(-width // count // 64) * 64  # blocks of about one width
+    if count == 1:
+        sums = add(0, sums, width)
+    else:
+        sums = jax.lax.fori_loop(0, count, lambda i, sums: add(i * columns, sums, columns), sums)
+    inner, left, right = sums
     squares = left[..., :, None] + right[..., None, :] - 2.0 * inner
     if precision == "float32":
         squares = jnp.maximum(squares, 0.0).astype(jnp.float64)

@@ -40,46 +40,66 @@ def greedy_order(kernel: jax.Array, sizes: np.ndarray, limit: int | None = None)
         return tuple(map(np.asarray, jax.device_get(_greedy(kernel, sizes, steps))))
 
 
+class _Held:
+    """Rows of a kernel matrix that is not stored, as many at hand as `held` says, each 8 n bytes.
+
+    When a row is not at hand, those of the `PANEL` best candidates are made at once, since they are likely to be wanted
+    soon; the oldest are forgotten for them.
+    """
+
+    def __init__(self, rows_of: Callable[[np.ndarray], np.ndarray], n: int, held: int):
+        self.rows_of, self.panel = rows_of, min(PANEL, n)
+        held = min(-(-max(held, self.panel) // self.panel) * self.panel, -(-n // self.panel) * self.panel)
+        self.rows, self.owner, self.slot, self.place = np.empty((held, n)), np.full(held, -1), np.full(n, -1), 0
+
+    def row(self, best: int, value: np.ndarray) -> np.ndarray:
+        """The row `best`: f64[n]. `value` float64[n]: the candidates are those of least value, none that is inf."""
+        if self.slot[best] < 0:
+            missing = np.where(self.slot < 0, value, np.inf)
+            ahead = np.argpartition(missing, self.panel - 1)[: self.panel]
+            ahead = ahead[np.isfinite(missing[ahead]) & (ahead != best)]
+            wanted = np.concatenate([[best], ahead])[: self.panel]
+            if self.place + len(wanted) > len(self.rows):
+                self.place = 0
+            slots = np.arange(self.place, self.place + len(wanted))
+            self.slot[self.owner[slots][self.owner[slots] >= 0]] = -1
+            self.rows[slots], self.owner[slots], self.slot[wanted] = self.rows_of(wanted), wanted, slots
+            self.place += len(wanted)
+        return self.rows[self.slot[best]]
+
+
+def _silent(count: int) -> None:
+    """Tells nobody."""
+
+
 def greedy_picks(
-    rows_of: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, count: int, held: int
+    rows_of: Callable[[np.ndarray], np.ndarray],
+    sums: np.ndarray,
+    count: int,
+    held: int,
+    tell: Callable[[int], None] = _silent,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first `count` picks of one cluster whose kernel matrix is not stored; the same as `greedy_order` gives.
-
-    When the next pick's row of the matrix is not at hand, those of the `PANEL` best candidates are made at once, since
-    they are likely to be picked soon; the oldest `held` at most are forgotten for them.
 
     Args:
       rows_of: i[b] local indices → float64[b, n] rows of the kernel matrix.
       sums: float64[n], sums of all its rows.
       count: picks, at most n.
       held: rows kept at hand, each 8 n bytes.
+      tell: is called with the number of picks made since the last call.
 
     Returns:
       i32[count] picks in order, and float64[count] MMD² between the cluster and the picks so far.
     """
-    n = len(sums)
-    panel = min(PANEL, n)
-    held = min(-(-max(held, panel) // panel) * panel, -(-n // panel) * panel)
-    rows, owner, slot, place = np.empty((held, n)), np.full(held, -1), np.full(n, -1), 0
-    mean = sums / n
+    mean, rows = sums / len(sums), _Held(rows_of, len(sums), held)
     w = 0.5 - mean  # K_cc = 1
     order, least = np.zeros(count, np.int32), np.zeros(count)
     for step in range(count):
         best = int(np.argmin(w))
-        if slot[best] < 0:
-            missing = np.where(slot < 0, w, np.inf)
-            ahead = np.argpartition(missing, panel - 1)[:panel]
-            ahead = ahead[np.isfinite(missing[ahead]) & (ahead != best)]
-            wanted = np.concatenate([[best], ahead])[:panel]
-            if place + len(wanted) > held:
-                place = 0
-            slots = np.arange(place, place + len(wanted))
-            slot[owner[slots][owner[slots] >= 0]] = -1
-            rows[slots], owner[slots], slot[wanted] = rows_of(wanted), wanted, slots
-            place += len(wanted)
         order[step], least[step] = best, w[best]
-        w += rows[slot[best]] - mean
+        w += rows.row(best, w) - mean
         w[best] = np.inf
+        tell(1)
     return order, _discrepancy(np, mean[order], least, np.mean(mean))
 
 
@@ -100,10 +120,16 @@ def refine(kernel: jax.Array, sizes: np.ndarray, picks: np.ndarray, sweeps: int)
 
 
 def refine_picks(
-    rows_of: Callable[[np.ndarray], np.ndarray], sums: np.ndarray, picks: np.ndarray, sweeps: int
+    rows_of: Callable[[np.ndarray], np.ndarray],
+    sums: np.ndarray,
+    picks: np.ndarray,
+    sweeps: int,
+    held: int = PANEL,
+    tell: Callable[[int], None] = _silent,
 ) -> np.ndarray:
-    """`refine` for one cluster whose kernel matrix is not stored: i32[m] picks → i32[m]."""
-    n, picks = len(sums), np.array(picks, np.int32)
+    """`refine` for one cluster whose kernel matrix is not stored: i32[m] picks → i32[m]. `rows_of`, `held` and `tell`
+    (places, in every sweep) as in `greedy_picks`; a panel of rows more is held."""
+    n, picks, rows = len(sums), np.array(picks, np.int32), _Held(rows_of, len(sums), held)
     u = 0.5 - len(picks) * sums / n
     for start in range(0, len(picks), PANEL):
         u += rows_of(picks[start : start + PANEL]).sum(axis=0)
@@ -114,10 +140,12 @@ def refine_picks(
         for start in range(0, len(picks), PANEL):
             for place, row in enumerate(rows_of(before[start : start + PANEL]), start):
                 without = u - row
-                best = int(np.argmin(np.where(taken, np.inf, without)))
+                value = np.where(taken, np.inf, without)
+                best = int(np.argmin(value))
                 if not taken.all() and without[best] < without[picks[place]]:
+                    u = without + rows.row(best, value)
                     taken[picks[place]], taken[best], picks[place] = False, True, best
-                    u = without + rows_of(np.array([best]))[0]
+                tell(1)
         if np.array_equal(before, picks):
             break
     return picks

@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     records: int
     flop: float
     kind: str  # of the products: 'half', the compute type, or 'double', float64
-    disk: float  # bytes that stay
+    disk: float  # bytes that stay, and those of select's file of sorted rows, which goes with the stage
     host: float  # bytes
     device: float  # bytes on each device
     how: str  # the chunks, and what was chosen
@@ -156,10 +156,16 @@ def select(config, s: Sizes, devices: Devices) -> Cost:
         side = int(np.clip(limit // 8 * 8, 64, 2048))
         working, copied = 32 * side**2 + 16 * side * s.width, 0
         cuts = f"clusters of {typical[0]} rows by tiles of {side}"
-    rows = min(2 * n * s.width, share)  # of the half for rows, which counts four bytes a number
+    rows = min(2 * n * s.width, 2 * share)
     host = rows + copied + 8 * 4 * n
     flop = float(k) ** 2 * s.width + 2 * IMBALANCE * n**2 / k * s.width
-    how = f"{budget} records; {cuts} (imbalance {IMBALANCE:g} taken), matrices stored up to {limit} rows"
+    how = f"{budget} records; {cuts} (imbalance {IMBALANCE:g} taken), matrices stored up to {limit} rows; "
+    if 2 * n * s.width > 2 * share and not config.extract.features.endswith(".npy"):
+        disk, host = disk + 2 * n * s.width, host + 16 * n
+        how += f"1 pass over the features, copied by clusters to {2 * n * s.width / GB:.1f} GB of disk meanwhile"
+    else:
+        count = 1 + bool(keys.refine or keys.gram == "float32" or typical[0] > limit)
+        how += f"{count} {'pass' if count == 1 else 'passes'} over the features at most"
     return Cost("select", n, flop, "double", disk, host, max(transfer, working), how, remedy)
 
 

@@ -11,6 +11,7 @@ from coincide_jax.core import artifacts, store
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
 from coincide_jax.dataset import source
+from coincide_jax.kernels import kmeans
 from coincide_jax.selection import coincide, random
 from coincide_jax.selection.view import Selection, SelectionView, reader
 
@@ -61,7 +62,8 @@ def check(config) -> None:
 
 def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dict:
     """Runs the stage; writes indices.npy, coreset.json, records.parquet and, where there are clusters,
-    clusters.parquet. Without a data set (arrays made elsewhere) there is no coreset.json, and every row counts.
+    clusters.parquet, whose column `given` has the numbers of clusters made elsewhere, where empty ones of them were
+    dropped. Without a data set (arrays made elsewhere) there is no coreset.json, and every row counts.
 
     `inputs['match']`, if there, is the folder of another selection; then this one holds exactly as many records.
 
@@ -84,8 +86,11 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     if len(features) != len(valid):
         raise UserError(f"features {features.path} have {len(features)} rows; expected {len(valid)}, one a record")
     budget = _budget(keys.fraction, int(np.sum(valid)), inputs.get("match"))
+    decoded = not features.mapped and assignment is not None
+    members = kmeans.members(assignment, len(centroids)) if decoded else None
+    rows = reader(features, (keys.cache_mib << 20) // 2, out, members)
     view = SelectionView(
-        features=reader(features, (keys.cache_mib << 20) // 2, out),
+        features=rows,
         valid=valid,
         assignment=assignment,
         centroids=centroids,
@@ -103,6 +108,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
         columns["cluster"] = assignment[chosen.indices]
         picked = np.bincount(assignment[chosen.indices], minlength=len(centroids))
         table = {"cluster": np.arange(len(centroids)), "size": np.bincount(assignment[valid], minlength=len(centroids))}
+        if (inputs["cluster"] / "given.npy").is_file():
+            table["given"] = np.load(inputs["cluster"] / "given.npy")
         artifacts.write_parquet(out / "clusters.parquet", table | chosen.clusters | {"picked": picked})
         summary |= {"clusters": len(centroids), "clusters_picked": int(np.sum(picked > 0))}
     artifacts.write_parquet(out / "records.parquet", columns | chosen.records)

@@ -1,9 +1,10 @@
 """Density of the clusters, and the picks inside them, in bounded memory: the part of COINCIDE that reads the features.
 
 `select.cache_mib` is shared out: half to the rows that are read at a time, a quarter to one batch of kernel matrices, a
-quarter to the rows of a matrix that is not stored. Clusters whose matrix fits its quarter (4,096 rows at 2,048 MiB) are
+quarter to the rows of a matrix that is not stored. Clusters whose matrix fits its quarter (5,792 rows at 2,048 MiB) are
 measured and ordered in one pass, since the greedy order serves any quota; larger ones are measured tile by tile, and
-picked from once their quota is known. What is measured depends on none of these sizes but for float64's last digit.
+picked from once their quota is known. A store decoded by chunks that does not fit is read once, as a copy by clusters
+(`view.reader`). What is measured depends on none of these sizes but for float64's last digit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ class Picker:
         if self.resident:  # under the mesh of this selection
             here = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
             self.features = jax.device_put(view.features, here)
+        kind = view.features.dtype if self.resident else view.features(np.zeros(0, np.int64)).dtype
+        self.itemsize = np.dtype(kind).itemsize
         self.share = (keys.cache_mib << 20) // 4
         self.large = sizes > density.stored_limit(self.share)
         self.block = int(np.clip(density.stored_limit(self.share) // 8 * 8, 64, 2048))  # rows of a tile
@@ -80,8 +83,10 @@ class Picker:
         for cluster in np.flatnonzero(whole):
             self._keep(cluster, np.arange(self.sizes[cluster]), np.zeros(self.sizes[cluster]))
         if keys.intra == "mmd":
-            for cluster in np.flatnonzero(self.large & ~whole & (quota > 0)):
-                self._pick_large(cluster, int(quota[cluster]))
+            large = np.flatnonzero(self.large & ~whole & (quota > 0))
+            with Progress("select", int(np.sum(quota[large])), "picks in large clusters") as progress:
+                for cluster in large:
+                    self._pick_large(cluster, int(quota[cluster]), progress)
             partial = np.flatnonzero((quota > 0) & (quota < self.sizes))
             if keys.refine:
                 self._refine(partial[~self.large[partial]], quota)
@@ -115,7 +120,7 @@ class Picker:
         width = self.view.centroids.shape[1]
         group, held = [], 0
         for padded, batch in density.batches(chosen, width, min(density.BATCH_BYTES, self.share)):
-            size = 4 * width * int(np.sum(chosen[batch[batch >= 0]]))
+            size = self.itemsize * width * int(np.sum(chosen[batch[batch >= 0]]))
             if group and held + size > 2 * self.share:
                 yield from self._group(group, precision)
                 group, held = [], 0
@@ -140,47 +145,59 @@ class Picker:
             x = _take(self.features, index) if self.resident else rows[index]
             yield ids, np.where(batch >= 0, self.sizes[batch], 0), density.gram(x, self.keys.sigma, precision), x
 
-    def _pick_large(self, cluster: int, count: int) -> None:
+    def _pick_large(self, cluster: int, count: int, progress: Progress) -> None:
         """Greedy picks of a cluster whose kernel matrix is not stored, and swap sweeps over them."""
         keys, sums, x = self.keys, self.sums[cluster], self._rows(self.members[cluster])
 
         def rows_of(picked: np.ndarray) -> np.ndarray:
             return density.kernel_rows(x, picked, keys.sigma, keys.gram, self.block)
 
-        order, score = mmd.greedy_picks(rows_of, sums, count, self.share // (8 * len(sums)))
+        held = self.share // (8 * len(sums))
+        order, score = mmd.greedy_picks(rows_of, sums, count, held, progress.advance)
         if keys.refine and count < len(sums):
-            order = mmd.refine_picks(rows_of, sums, order, keys.refine)
+            with Progress("select", count * keys.refine, f"places looked at in cluster {cluster}") as places:
+                order = mmd.refine_picks(rows_of, sums, order, keys.refine, held - mmd.PANEL, places.advance)
             score = mmd.discrepancies_of(rows_of, sums, order)
         self._keep(cluster, order, score)
 
     def _refine(self, clusters: np.ndarray, quota: np.ndarray) -> None:
         """Swap sweeps over the picks of clusters whose kernel matrix is stored."""
-        for ids, counts, kernel, _ in self._kernels(clusters, self.keys.gram):
-            before = _padded(self.orders, ids, quota, len(counts))
-            after = mmd.refine(kernel, counts, before, self.keys.refine)
-            score = mmd.discrepancies(kernel, counts, after)
-            for place, cluster in enumerate(ids):
-                self._keep(cluster, after[place, : quota[cluster]], score[place, : quota[cluster]])
+        with Progress("select", len(clusters), "clusters refined") as progress:
+            for ids, counts, kernel, _ in self._kernels(clusters, self.keys.gram):
+                before = _padded(self.orders, ids, quota, len(counts))
+                after = mmd.refine(kernel, counts, before, self.keys.refine)
+                score = mmd.discrepancies(kernel, counts, after)
+                for place, cluster in enumerate(ids):
+                    self._keep(cluster, after[place, : quota[cluster]], score[place, : quota[cluster]])
+                progress.advance(len(ids))
 
     def _cost(self, partial: np.ndarray, quota: np.ndarray, orders: Sequence[np.ndarray]) -> dict:
         """What `select.gram=float32` cost: equal picks and growth of MMD² against float64, on some clusters."""
-        partial = partial[self.sizes[partial] <= AUDITED_SIZE]
+        count, limit = len(partial), min(AUDITED_SIZE, density.stored_limit(self.share))
+        partial = partial[self.sizes[partial] <= limit]
+        if len(partial) == 0:
+            why = f"all {count} clusters that are picked from in part have more than {limit} records"
+            say(
+                "select",
+                f"select.gram=float32: {why if count else 'no cluster is picked from in part'}; none is audited",
+            )
+            return {"gram": "float32", "gram_audited": 0}
         partial = partial[np.argsort(self.sizes[partial], kind="stable")]
         partial = partial[np.unique(np.linspace(0, len(partial) - 1, min(AUDITED, len(partial))).astype(int))]
         equal, ratio = [], []
-        for ids, counts, kernel, _ in self._kernels(partial, "float64"):
-            exact, _ = mmd.greedy_order(kernel, counts, int(np.max(quota[ids])))
-            exact = _padded(exact, np.arange(len(ids)), quota[ids], len(counts))
-            exact = mmd.refine(kernel, counts, exact, self.keys.refine) if self.keys.refine else exact
-            mine = _padded(orders, ids, quota, len(counts))
-            values = [mmd.discrepancies(kernel, counts, both) for both in (mine, exact)]
-            for place, cluster in enumerate(ids):
-                m = quota[cluster]
-                equal.append(len(np.intersect1d(mine[place, :m], exact[place, :m])) / m)
-                own, best = (max(value[place, m - 1], 1e-16) for value in values)
-                ratio.append(own / best)
-        if not equal:
-            return {"gram": "float32", "gram_audited": 0}
+        with Progress("select", len(partial), "clusters picked from in float64 too") as progress:
+            for ids, counts, kernel, _ in self._kernels(partial, "float64"):
+                exact, _ = mmd.greedy_order(kernel, counts, int(np.max(quota[ids])))
+                exact = _padded(exact, np.arange(len(ids)), quota[ids], len(counts))
+                exact = mmd.refine(kernel, counts, exact, self.keys.refine) if self.keys.refine else exact
+                mine = _padded(orders, ids, quota, len(counts))
+                values = [mmd.discrepancies(kernel, counts, both) for both in (mine, exact)]
+                for place, cluster in enumerate(ids):
+                    m = quota[cluster]
+                    equal.append(len(np.intersect1d(mine[place, :m], exact[place, :m])) / m)
+                    own, best = (max(value[place, m - 1], 1e-16) for value in values)
+                    ratio.append(own / best)
+                progress.advance(len(ids))
         say(
             "select",
             f"select.gram=float32: in {len(equal)} clusters that were picked from in float64 too, "

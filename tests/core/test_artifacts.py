@@ -1,5 +1,8 @@
 """Files whole or not at all; a feature store that never reads damage as zeros."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -78,3 +81,49 @@ def test_broken_json_names_line_and_column(tmp_path):
 def test_unknown_names_the_nearest():
     assert str(unknown("stage", "clustr", ("cluster", "select"))) == "unknown stage 'clustr'; did you mean 'cluster'?"
     assert "cluster, select" in str(unknown("stage", "zzz", ("cluster", "select")))
+
+
+def test_an_error_of_another_file_is_not_one_of_writing(tmp_path):
+    with pytest.raises(FileNotFoundError), artifacts.atomic(tmp_path / "a"):
+        (tmp_path.parent / "nowhere" / "b").read_text()
+    with pytest.raises(UserError, match="a/b cannot be written: File exists"):
+        (tmp_path / "a").write_text("")
+        artifacts.write_text(tmp_path / "a" / "b", "")
+    with pytest.raises(UserError, match="a cannot be written: "):
+        (tmp_path / "c").mkdir()
+        artifacts.write_json(tmp_path / "c" / "d", 1)
+        with artifacts.atomic(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise OSError("no room")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"] and (tmp_path / "a").read_text() == ""
+
+
+def test_arrays_of_every_layout_come_back(tmp_path):
+    whole = np.arange(60, dtype=np.int32).reshape(6, 10)
+    for array in (whole, whole[::2, 1::3], np.asfortranarray(whole), whole[:0], whole[2, 3]):
+        artifacts.write_npy(tmp_path / "a.npy", array)
+        found = np.load(tmp_path / "a.npy")
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+
+
+RUST = """
+import pathlib, resource, sys
+import numpy as np
+from safetensors.numpy import save_file
+from coincide_jax.core import artifacts
+from coincide_jax.core.errors import UserError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+try:
+    with artifacts.atomic(pathlib.Path(sys.argv[1]) / "model.safetensors") as temporary:
+        save_file({"a": np.zeros(4000, np.float32)}, temporary)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_no_room_for_weights_is_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, "-c", RUST, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith(f"{tmp_path}/model.safetensors cannot be written: "), done.stderr
+    assert "File too large" in done.stdout and not list(tmp_path.iterdir())

@@ -1,10 +1,12 @@
 """Log lines where there is no terminal, JSON lines on disk."""
 
 import json
+import pathlib
 
 import pytest
 
 from coincide_jax.core import metrics
+from coincide_jax.core.errors import UserError
 
 
 @pytest.fixture
@@ -58,3 +60,10 @@ def test_json_lines_are_on_disk_at_once_and_appended(tmp_path):
     second.write(step=2, note="ä")
     second.close()
     assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2]
+
+
+def test_no_room_for_a_line_is_one_sentence():
+    lines = metrics.JsonLines(pathlib.Path("/dev/full"))
+    with pytest.raises(UserError, match="/dev/full cannot be written: No space left on device"):
+        lines.write(step=1)
+    lines.close()

@@ -115,7 +115,7 @@ def test_wrong_shapes_are_named(made, rows, tmp_path):
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
     for name, message in (
         ("one.npy", r"have shape \(5,\); expected \[records, width\]"),
-        ("int.npy", "are of type int32; expected float16 or float32"),
+        ("int.npy", "are of type int32; expected floating-point numbers"),
         ("cut.npy", "cannot be read"),
         ("none.zarr", "do not exist"),
     ):

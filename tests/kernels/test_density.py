@@ -115,3 +115,45 @@ def test_padded_sizes_are_four_an_octave():
     padded = density.padded_size(sizes)
     assert np.all(padded >= sizes) and np.all(padded <= np.maximum(1.25 * sizes + 1, 8))
     assert len(np.unique(padded[(padded > 64) & (padded <= 128)])) == 4
+
+
+def taken(compiled) -> int:
+    said = compiled.memory_analysis()
+    return said.argument_size_in_bytes + said.temp_size_in_bytes + said.output_size_in_bytes
+
+
+@pytest.mark.parametrize("precision", density.PRECISIONS)
+@pytest.mark.parametrize(
+    ("batch", "n", "width"), [(1, 1024, 20480), (1, 4096, 20480), (6, 192, 20480), (4, 320, 5000), (3, 512, 640)]
+)
+def test_no_more_memory_than_is_counted(batch, n, width, precision):
+    """Of the compiled programs, by what XLA says of them: the stored matrices, and the tiles."""
+    with jax.enable_x64(True):
+        x = jax.ShapeDtypeStruct((batch, n, width), np.float16)
+        stored = density._gram.lower(x, np.float64(1), precision).compile()
+    assert 0.3 * batch * density.cluster_bytes(n, width) < taken(stored) < batch * density.cluster_bytes(n, width)
+
+
+@pytest.mark.parametrize("precision", density.PRECISIONS)
+def test_tiles_take_no_more_memory_than_their_docstring_says(precision):
+    block, width = 512, 20480
+    with jax.enable_x64(True):
+        x = jax.ShapeDtypeStruct((block, width), np.float16 if precision == "float64" else np.float32)
+        tile = density._tile_sums.lower(x, x, np.int64(block), np.float64(1), precision).compile()
+        cross = density._cross.lower(x, x, np.float64(1), precision).compile()
+    limit = 32 * block**2 + 8 * width * 2 * block
+    assert taken(tile) < limit and taken(cross) < limit
+
+
+@pytest.mark.parametrize("width", [2048, 2049, 4096, 5000])
+def test_any_number_of_columns(width):
+    """Blocks of columns that do and do not divide the width."""
+    x = rows(9, width)
+    for precision, error in (("float64", 1e-13), ("float32", 1e-6)):
+        np.testing.assert_allclose(density.gram(x[None], 1.0, precision)[0], brute(x), rtol=error)
+        np.testing.assert_allclose(density.row_sums(x, 1.0, precision, 8), brute(x).sum(axis=1), rtol=error)
+        np.testing.assert_allclose(
+            density.kernel_rows(x, np.array([8, 2]), 1.0, precision), brute(x)[[8, 2]], rtol=error
+        )
+    half = np.float16(1) * x
+    np.testing.assert_array_equal(density.gram(x[None], 1.0)[0], density.gram(half[None, :, ::-1], 1.0)[0])

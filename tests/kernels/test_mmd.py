@@ -152,6 +152,25 @@ def test_swap_sweeps_lower_the_discrepancy_as_by_the_formula():
     assert end[0, quota[0] - 1] < 0.9 * start[0, quota[0] - 1]
 
 
+@pytest.mark.parametrize("held", [64, 256])
+def test_exchanges_make_rows_for_a_panel_at_once(held):
+    x = rows(300, seed=40)
+    x = x[np.argsort(x[:, 0].astype(np.float32))]  # the first are all of one side: poor picks
+    kernel = density.gram(x[None], 1.0)
+    first, sums = np.arange(80, dtype=np.int32), density.row_sums(x, 1.0)
+    expected = mmd.refine(kernel, [300], first[None], 2)[0]
+    made, told = [], []
+
+    def rows_of(picked):
+        made.append(len(picked))
+        return density.kernel_rows(x, picked, 1.0)
+
+    found = mmd.refine_picks(rows_of, sums, first, 2, held, told.append)
+    np.testing.assert_array_equal(found, expected)
+    exchanged = np.sum(found != first)  # at least so many: one pass each would be as many again
+    assert exchanged > 40 and len(made) < 6 + exchanged // 2 and max(made) <= mmd.PANEL and sum(told) == 160
+
+
 def test_equal_rows_tie_wherever_the_tiles_are_cut():
     half = rows(90, seed=30)
     x = np.concatenate([half, half])  # every row once more, tiles away

@@ -34,6 +34,7 @@ def test_the_published_recipe_by_arithmetic():
     assert found["extract"].records == round(665_298 * 0.98) and "20 of 24 layers, D = 20480" in found["extract"].how
     assert 1.5e18 < found["extract"].flop < 2.2e18  # methods.md §4.8: about 1.8e18
     n = found["cluster"].records
+    assert found["select"].disk > 2 * n * 20_480 and "1 pass over the features, copied" in found["select"].how
     assert found["cluster"].flop == pytest.approx(51 * 2 * n * 10_000 * 20_480)  # 50 iterations, and the separation
     assert found["train"].records == int(0.2 * n)
     assert "features stay on the devices" in found["cluster"].how

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from coincide_jax.core import metrics
 from coincide_jax.core.errors import UserError
 from coincide_jax.kernels import kmeans
 from coincide_jax.selection import SelectionView, coincide
@@ -275,3 +276,21 @@ def test_features_on_the_device_give_the_same():
     for changes in ({}, {"intra": "nearest"}, {"cache_mib": 1}):
         here = coincide.select(dataclasses.replace(view, features=rows), keys(**changes))
         np.testing.assert_array_equal(here.indices, coincide.select(view, keys(**changes)).indices)
+
+
+def test_float32_without_an_audit_says_so(capsys):
+    """Clusters whose matrix the memory does not hold are not made whole in float64 either."""
+    view = make_view(rows=2400, k=2)
+    summary = coincide.select(view, keys(gram="float32", cache_mib=1)).summary
+    assert summary == {"gram": "float32", "gram_audited": 0}
+    assert "all 2 clusters that are picked from in part have more than 128 records" in capsys.readouterr().out
+
+
+def test_long_work_inside_large_clusters_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "LOG_EVERY_SECONDS", 0.0)
+    found = coincide.select(make_view(rows=900), keys(cache_mib=1, refine=1, gram="float32"))
+    output = capsys.readouterr().out
+    for unit in ("clusters", "picks in large clusters", "clusters refined", "clusters picked from in float64 too"):
+        done = [line.split()[1].split("/") for line in output.splitlines() if f" {unit} · " in line]
+        assert done and done[-1][0] == done[-1][1], unit
+    assert "places looked at in cluster" in output and len(found.indices)

@@ -3,9 +3,11 @@ official variant: every index, in its order."""
 
 import math
 
+import command
 import numpy as np
 import pytest
 
+from coincide_jax.core import artifacts
 from coincide_jax.kernels import density, mmd
 from coincide_jax.selection import SelectionView, coincide
 from configs import common
@@ -122,3 +124,34 @@ def test_near_duplicates_where_a_float32_gram_picks_differently(n, spread, sums)
     assert greedy(kernel_of(x, np.float32).astype(sums), count) != expected
     order, _ = mmd.greedy_order(density.gram(x[None], 1.0), [n], count)
     assert order[0, :count].tolist() == expected
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_command_on_given_clusters(tmp_path, empty):
+    """Every index in its order from files to files; clusters without a record in between change none, and the numbers
+    that the others had are kept beside the new ones."""
+    x, centroids, assignment = arrays(1, 32)
+    expected, old = program(x, centroids, assignment, 0.2), np.arange(len(centroids))
+    given, label = centroids, assignment
+    if empty:
+        old = old + (old >= 4) + (old >= 11)
+        given, label = np.insert(centroids, [4, 11], centroids[:2], axis=0), old[assignment]
+    for name, array in (("x", x), ("c", given), ("a", label)):
+        np.save(tmp_path / f"{name}.npy", array)
+    status, output = command.call(
+        "--config=configs/arrays.py",
+        f"--workdir={tmp_path}/w",
+        f"--config.extract.features={tmp_path}/x.npy",
+        f"--config.cluster.centroids={tmp_path}/c.npy",
+        f"--config.cluster.assignment={tmp_path}/a.npy",
+        f"--config.extract.num_layers={LAYERS}",
+        "--config.select.variant=official",
+        "--config.select.fraction=0.2",
+    )
+    assert status == 0, output
+    assert np.load(tmp_path / "w" / "select" / "indices.npy").tolist() == expected
+    np.testing.assert_array_equal(np.load(tmp_path / "w" / "cluster" / "centroids.npy"), centroids)
+    table = artifacts.read_parquet(tmp_path / "w" / "select" / "clusters.parquet")
+    assert ("given" in table) == empty
+    np.testing.assert_array_equal(table.get("given", old), old)
+    np.testing.assert_array_equal(table["size"], np.bincount(label)[old])
