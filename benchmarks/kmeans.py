@@ -60,9 +60,10 @@ def ours(x: np.ndarray, init: np.ndarray, keys) -> tuple[np.ndarray, int]:
     if keys.mode == "exact":
         found = kmeans.fit(x, len(init), init=init, **settings)
         return found.centroids, found.iterations
-    first, told = sketch.start(x, len(init), rank=keys.rank, init=init, **settings)
+    rows = kmeans.lay_out(x, len(init), settings["chunk"])
+    first, told = sketch.start(x, len(init), rank=keys.rank, init=init, source=rows, **settings)
     keys.energy = told["energy"]
-    found = kmeans.fit(x, len(init), init=init if first is None else first, tolerance=POLISH, **settings)
+    found = kmeans.fit(x, len(init), init=init if first is None else first, tolerance=POLISH, tiles=rows, **settings)
     return found.centroids, found.iterations
 
 
