@@ -86,7 +86,7 @@ def samplers_of(config, arms: list[str], keys) -> dict[str, Sampler]:
     return {"kept": kept, "gone": gone, "rehearsed": rehearsal.rehearsal(gone, told)}
 
 
-def handed(sampler: Sampler, *_) -> tuple[Sampler, None]:
+def handed(sampler: Sampler, *_, **__) -> tuple[Sampler, None]:
     """In place of `curriculum.prepare`: this sampler, and no order within an arm."""
     return sampler, None
 
