@@ -118,24 +118,27 @@ def take(x, rows):
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
-def add_rows(low, high, x, rows, plus, minus):
+def add_rows(low, high, x, rows, plus, minus=None):
     """Moves rows of a tile between clusters in the exact sums.
 
     Args:
       low, high: i32[S, K, D] limbs on each device; a sum is (low + high 2^20) 2^-24.
-      x: f[C, D]. rows: i32[S·B] within the device's part. plus, minus: i32[S·B] clusters, K = none.
+      x: f[C, D]. rows: i32[S·B] within the device's part. plus, minus: i32[S·B] clusters, K = none;
+        minus None: they were in none.
     """
 
-    def local(low, high, x, rows, plus, minus):
+    def local(low, high, x, rows, plus, *minus):
         whole = jnp.round(x.at[rows].get(mode="clip").astype(jnp.float32) * GRID).astype(jnp.int32)
         parts = whole & ((1 << LIMB) - 1), whole >> LIMB
-        low, high = (
-            limb[0].at[plus].add(part, mode="drop").at[minus].add(-part, mode="drop")
-            for limb, part in zip((low, high), parts, strict=True)
-        )
+        low, high = (limb[0].at[plus].add(part, mode="drop") for limb, part in zip((low, high), parts, strict=True))
+        for clusters in minus:
+            low, high = (
+                limb.at[clusters].add(-part, mode="drop") for limb, part in zip((low, high), parts, strict=True)
+            )
         return (low & ((1 << LIMB) - 1))[None], (high + (low >> LIMB))[None]
 
-    return over_rows(local, "rrrrrr", jax.P(AXES))(low, high, x, rows, plus, minus)
+    minus = () if minus is None else (minus,)
+    return over_rows(local, "rrrrr" + "r" * len(minus), jax.P(AXES))(low, high, x, rows, plus, *minus)
 
 
 @jax.jit
@@ -283,13 +286,18 @@ def inspect(x, fast, ordered: bool):
     are multiples of 2^-48 that float64 holds exactly, in any order.
     """
 
-    def local(x, fast):
+    def of(x, fast):
         single = x.astype(jnp.float32)
         lost = single - fast.astype(jnp.float32)
-        plain = jnp.sum((single * single).astype(jnp.float64), axis=1)  # of float16 numbers exact products
-        lost = jnp.sqrt(jnp.sum((lost * lost).astype(jnp.float64), axis=1)) * (1 + 1e-6)
-        return everywhere(
-            squares(single.astype(jnp.float64)) if ordered else plain, lost, jnp.max(jnp.abs(single), axis=1)
-        )
+        plain = jnp.sum((single * single).astype(jnp.float64), axis=-1)  # of float16 numbers exact products
+        lost = jnp.sqrt(jnp.sum((lost * lost).astype(jnp.float64), axis=-1)) * (1 + 1e-6)
+        return plain, lost, jnp.max(jnp.abs(single), axis=-1)
+
+    def in_cache(x, fast):  # seven times as fast as all rows at once, whose intermediates CPUs write to memory
+        return jax.lax.map(lambda row: of(*row), (x, fast), batch_size=16)
+
+    def local(x, fast):
+        plain, lost, largest = jax.lax.platform_dependent(x, fast, cpu=in_cache, default=of)
+        return everywhere(squares(x.astype(jnp.float64)) if ordered else plain, lost, largest)
 
     return over_rows(local, "rr")(x, fast)

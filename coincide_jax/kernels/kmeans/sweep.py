@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from coincide_jax.kernels.kmeans import exact, products
-from coincide_jax.kernels.kmeans.tiles import Tiles, put
+from coincide_jax.kernels.kmeans.tiles import ADDED, Tiles, put
 
 ROWS = 1 << 15  # whose prefixes are chosen at a time
 FULL = 0.5  # a tile is met as a whole when more than this share of its rows meets all centroids
@@ -166,11 +166,11 @@ class Sweeper:
         changed = np.flatnonzero(labels != before)
         if with_sums:
             rows = np.arange(stop - start) if fresh else changed
-            for places, local in self.tiles.blocks(rows):
+            for places, local in self.tiles.blocks(rows, ADDED):
                 own = places >= 0
                 plus = np.where(own, labels[rows[places]], self.k).astype(np.int32)
-                minus = np.full_like(plus, self.k) if fresh else np.where(own, before[rows[places]], self.k)
-                lists = (put(part.astype(np.int32), self.tiles.by_rows) for part in (local, plus, minus))
+                minus = () if fresh else (np.where(own, before[rows[places]], self.k),)
+                lists = (put(part.astype(np.int32), self.tiles.by_rows) for part in (local, plus, *minus))
                 self.limbs = products.add_rows(*self.limbs, x, *lists)
         return len(changed)
 
