@@ -62,7 +62,7 @@ def test_mmd_gram():
 
 
 def test_forgetting():
-    found = line("forgetting", "--tiny", "--seeds=1", "--steps=8")
+    found = line("forgetting", "--tiny", "--seeds=1", "--steps=20")
     assert set(found["by_seed"]) == {"kept", "gone", "rehearsed"} == set(found["mean"])
     assert all(0 <= score <= 1 for row in found["by_seed"].values() for part in row.values() for score in part)
 

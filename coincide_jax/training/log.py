@@ -152,6 +152,7 @@ class Log:
             metrics["gradient_norm"] = norm if math.isfinite(norm) else None  # JSON has no infinity
             metrics |= {"positions": work.positions, "filled": round(work.positions / max(work.slots, 1), 4)}
             metrics |= self._measured(work, *lap) | held
+            self.rate = metrics["tokens_per_second"]
             self.steps.write(step=step.number, **metrics)
             if self.events:
                 self.events.write(step.number, metrics)
