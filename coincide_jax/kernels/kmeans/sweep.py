@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from coincide_jax.kernels.kmeans import exact, products
-from coincide_jax.kernels.kmeans.tiles import ADDED, Tiles, put
+from coincide_jax.kernels.kmeans.tiles import Tiles, put
 
 ROWS = 1 << 15  # whose prefixes are chosen at a time
 FULL = 0.5  # a tile is met as a whole when more than this share of its rows meets all centroids
@@ -166,7 +166,7 @@ class Sweeper:
         changed = np.flatnonzero(labels != before)
         if with_sums:
             rows = np.arange(stop - start) if fresh else changed
-            for places, local in self.tiles.blocks(rows, ADDED):
+            for places, local in self.tiles.blocks(rows):
                 own = places >= 0
                 plus = np.where(own, labels[rows[places]], self.k).astype(np.int32)
                 minus = () if fresh else (np.where(own, before[rows[places]], self.k),)

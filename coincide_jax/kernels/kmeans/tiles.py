@@ -16,7 +16,6 @@ from coincide_jax.kernels.kmeans.exact import LARGEST, grid
 CENTROID_BYTES = 80  # on a device for each number of the centroids, at most (`kmeans.fit` says of what)
 CPU_MEMORY = 4 << 30  # bytes for features on CPUs, where there is no device memory to ask for
 SIZES = (128, 512)  # rows a device of one call for chosen rows
-ADDED = (128, 512, 2048)  # of one that adds them to the sums: it goes over all sums, so the fewer calls the better
 
 
 # told of a pass over the rows: what is counted, how many are done (0 before the first), of how many
@@ -169,12 +168,12 @@ class Tiles:
                 ahead = reader.submit(self.load, int(following[0])) if len(following) else None
                 yield int(tile), *now
 
-    def blocks(self, rows: np.ndarray, sizes: tuple[int, ...] = SIZES) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Cuts rows of a tile, i[n], into calls: (places i[S·B] in `rows` or -1, rows within their device i32[S·B])."""
         queues = [np.flatnonzero(rows // self.per == shard) for shard in range(self.shards)]
         begin, longest = 0, max(len(queue) for queue in queues)
         while begin < longest:
-            size = next((size for size in sizes if size >= longest - begin), sizes[-1])
+            size = next((size for size in SIZES if size >= longest - begin), SIZES[-1])
             places = np.full((self.shards, size), -1)
             for shard, queue in enumerate(queues):
                 part = queue[begin : begin + size]
