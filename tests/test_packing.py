@@ -93,7 +93,11 @@ def test_a_packed_record_is_what_it_is_alone(how, alone, monkeypatch):
         monkeypatch.setattr(layers, "QUERY_BLOCK", 10)
     if how == "fused":
         plain, calls = layers.fused_attention, []
-        fused = lambda *parts, **how: calls.append(how) or plain(*parts, **how | {"implementation": "xla"})  # noqa: E731
+
+        def fused(*parts, **settings):
+            calls.append(settings)
+            return plain(*parts, **settings | {"implementation": "xla"})
+
         monkeypatch.setattr(layers, "fused_attention", fused)
         monkeypatch.setattr(layers, "has_cudnn", lambda q: True)
     found = outputs(both(16, mesh.shape["data"])[1], mesh)

@@ -66,7 +66,6 @@ def test_waiting_for_the_reader_is_told(tmp_path, monkeypatch):
 
 def test_events_are_the_lines(tmp_path):
     from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import directory_check  # noqa: F401
 
     fit(tmp_path, one_device(), tensorboard=True)
     (file,) = (tmp_path / "events").iterdir()

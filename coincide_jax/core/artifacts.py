@@ -91,6 +91,22 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
         return [json.loads(line) for line in file if line.strip()]
 
 
+def append_jsonl(path: pathlib.Path, lines: Sequence[dict]) -> None:
+    """Adds lines to a JSON-lines file, on disk when it returns.
+
+    Raises:
+      UserError: they cannot be written; half a line may stay, which readers leave out.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def cut_jsonl(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
     """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
     if not path.exists():

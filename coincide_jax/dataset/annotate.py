@@ -11,7 +11,6 @@ of it beside the list (`answered.jsonl`) tells.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -130,13 +129,13 @@ class Annotator:
                 "there, or begin again in another folder"
             )
         if new:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                for row, (why, step) in new.items():
-                    line = {"index": row, "id": self.records[row].id, "purpose": why, "step": step}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            artifacts.append_jsonl(
+                self.path,
+                [
+                    {"index": row, "id": self.records[row].id, "purpose": why, "step": step}
+                    for row, (why, step) in new.items()
+                ],
+            )
             self.asked |= new
         self._fetch([row for row in map(int, rows) if row not in self._turns])
 
@@ -184,8 +183,7 @@ class Annotator:
             asked = (question for question, _ in record.turns)
             self._turns[row] = tuple(zip(asked, answers, strict=True))
         if fresh:
-            with open(self.digests, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"index": row, "sha256": digest}) + "\n" for row, digest in fresh.items())
+            artifacts.append_jsonl(self.digests, [{"index": row, "sha256": digest} for row, digest in fresh.items()])
             self._read |= fresh
         if missing:
             row, found = missing[0]

@@ -67,20 +67,37 @@ def get_config(rows: str = "table") -> ConfigDict:
     return config.lock()
 
 
-def sweep(add) -> None:
-    """The rows; the first is the headline."""
+REHEARSED = {"curriculum.rehearsal": 0.2}
+PROBED = {  # what samplers with a probe are told besides their names
+    "skill_it": {"curriculum.k": 0, "curriculum.probe": 2, "curriculum.graph_steps": 10},
+    "progress": {
+        "curriculum.k": 0,
+        "curriculum.probe": 2,
+        "extract.reads": "questions",
+        # clusters of its own features, as many as the others have arms
+        "cluster.k": lambda config: config.curriculum.k or config.cluster.k,
+    },
+}
+
+
+def from_every_record(name: str) -> dict:
+    """The keys of a row whose sampler draws from the whole pool."""
+    return {"curriculum.name": name, "curriculum.pool": "all"} | PROBED.get(name, {})
+
+
+def compared_with(add) -> None:
+    """The rows without a sampler that learns; the first is the headline."""
     add("coincide", {"curriculum.name": "static", "curriculum.pool": "coreset"})
     # `full` learns nothing from its rounds: longer ones only mean that it is watched less often
     add("full", {"curriculum.name": "uniform", "curriculum.pool": "all", "curriculum.round_steps": 50})
     add("random", {"select.name": "random", "curriculum.name": "uniform", "curriculum.pool": "coreset"})
-    online = {"curriculum.pool": "all"}
+
+
+def sweep(add) -> None:
+    """The rows; the first is the headline."""
+    compared_with(add)
+    for name in ("coincide_plus", "exp3_ix", "skill_it"):
+        add(name, from_every_record(name))
     for name in ("coincide_plus", "exp3_ix"):
-        add(name, online | {"curriculum.name": name})
-    by_task = {"curriculum.name": "skill_it", "curriculum.k": 0, "curriculum.probe": 2, "curriculum.graph_steps": 10}
-    add("skill_it", online | by_task)
-    for name in ("coincide_plus", "exp3_ix"):
-        add(f"{name}_rehearsal", online | {"curriculum.name": name, "curriculum.rehearsal": 0.2})
-    # clusters of its own features, as many as the others have arms
-    own = {"cluster.k": lambda config: config.curriculum.k or config.cluster.k, "curriculum.k": 0}
-    own |= {"curriculum.name": "progress", "curriculum.probe": 2, "extract.reads": "questions"}
-    add("progress", online | own)
+        add(f"{name}_rehearsal", from_every_record(name) | REHEARSED)
+    add("progress", from_every_record("progress"))

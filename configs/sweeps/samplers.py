@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs.sweeps import curricula
 
-ONLINE = ("coincide_plus", "printed", "exp3", "exp3s", "exp3r", "exp3_ix", "tsallis_inf", "odm")
+ONLINE = ("coincide_plus", "printed", "exp3", "exp3s", "exp3r", "exp3_ix", "tsallis_inf", "odm", "skill_it", "progress")
 
 
 def get_config(rows: str = "one") -> ConfigDict:
@@ -39,16 +39,13 @@ def get_config(rows: str = "one") -> ConfigDict:
 
 def sweep(add) -> None:
     """The rows; the first is the headline."""
-    add("coincide", {"curriculum.name": "static", "curriculum.pool": "coreset"})
-    add("full", {"curriculum.name": "uniform", "curriculum.pool": "all", "curriculum.round_steps": 50})
-    add("random", {"select.name": "random", "curriculum.name": "uniform", "curriculum.pool": "coreset"})
-    rows = {name: {"curriculum.name": name} for name in ("proportional", "easy_to_hard", "hard_to_easy", *ONLINE)}
-    rows["skill_it"] = {"curriculum.name": "skill_it", "curriculum.k": 0, "curriculum.probe": 2}
-    rows["skill_it"] |= {"curriculum.graph_steps": 2}
-    rows["progress"] = {"curriculum.name": "progress", "curriculum.probe": 2, "extract.reads": "questions"}
-    # clusters of its own features, as many as the others have arms
-    rows["progress"] |= {"cluster.k": lambda config: config.curriculum.k or config.cluster.k, "curriculum.k": 0}
-    for name, changes in rows.items():
-        add(name, {"curriculum.pool": "all"} | changes)
-    for name in (*ONLINE, "skill_it", "progress"):
-        add(f"{name}_rehearsal", {"curriculum.pool": "all", "curriculum.rehearsal": 0.2} | rows[name])
+    curricula.compared_with(add)
+    for name in ("proportional", "easy_to_hard", "hard_to_easy", *ONLINE):
+        add(name, _row(name))
+    for name in ONLINE:
+        add(f"{name}_rehearsal", _row(name) | curricula.REHEARSED)
+
+
+def _row(name: str) -> dict:
+    """As in the other sweep, with a short graph."""
+    return curricula.from_every_record(name) | ({"curriculum.graph_steps": 2} if name == "skill_it" else {})
