@@ -109,7 +109,8 @@ def measure(keys, workdir: pathlib.Path, mesh) -> dict:
             if not (out / "scores.json").exists():
                 view = pipeline.subset(config, training.TRAIN_KEYS)
                 prepare = functools.partial(handed, sampler)
-                training.run(view, inputs, out / "train", mesh, prepare=prepare, kinds=training.Kinds())
+                kinds = training.Kinds(offline=curriculum.OFFLINE)
+                training.run(view, inputs, out / "train", mesh, prepare=prepare, kinds=kinds)
                 if condition == "gone" and (left := drawn_late(out / "train", names.index(keys.task))):
                     raise SystemExit(
                         f"{left} records of {keys.task} were drawn late: the others ran out; fewer --steps"

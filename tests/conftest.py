@@ -18,6 +18,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Programs of earlier files are let go: each takes some memory mappings, of which Linux gives a process 65,530.
+
+    A worker that runs out of them dies inside XLA, without a word.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """The one random key of a test."""

@@ -104,6 +104,14 @@ def test_rows_are_fair(finished):
     assert len({sum(line["records"] for line in lines[row]) for row in rates}) == 1
 
 
+def test_a_curriculum_that_hardly_moved_says_so(finished):
+    workdir, output = finished
+    manifests = [artifacts.read_json(path) for path in workdir.rglob("train/manifest.json")]
+    moved = {row["summary"]["sampler"]: row["summary"]["moved"] for row in manifests if row["summary"]["arms"] > 1}
+    assert moved.keys() == {"coincide_plus"}
+    assert ("'coincide_plus' hardly moved" in output) == (moved["coincide_plus"] < 0.05)
+
+
 def test_every_row_starts_from_the_base_and_never_from_the_reference(finished):
     workdir, _ = finished
     trained = [workdir, *sorted((workdir / "rows").glob("*/seed0"))]

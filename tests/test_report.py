@@ -347,10 +347,14 @@ def test_forgetting_by_task_is_the_mean_over_seeds(tmp_path):
 
 
 def test_probes_are_a_line_of_their_own(made, tmp_path):
-    for name, summary in (("a", {"probe": {"records": 240, "times": 10, "seconds": 3.0}}), ("b", {"steps": 5})):
+    for name, summary in (
+        ("a", {"probe": {"records": 240, "times": 10, "seconds": 3.0}}),
+        ("b", {"steps": 5, "moved": 0.031}),
+    ):
         artifacts.write_json(tmp_path / name / "train" / "manifest.json", {"summary": summary})
     artefacts = Artefacts({}, {"a": [tmp_path / "a"], "b": [tmp_path / "b"]})
     seen = dict(tables.seen(artefacts, {"rows": {"a": {}, "b": {}}}))
+    assert seen.pop("a probability moved by, of 1/arms") == ["–", "3.1 %"]
     assert seen == {"steps": ["–", "5"], "probes, rounds × records": ["10 × 240", "–"]}
 
 

@@ -29,7 +29,7 @@ class Stage:
 WARMUP = ("cluster/warmup", "select/warmup")
 FEATURES = ("dataset", "extract")
 FOR_CLUSTERS = ("reference", "extract", "cluster", "select")
-KINDS = training.Kinds(one_arm=curriculum.ONE_ARM, of_tasks=curriculum.OF_TASKS, asks=curriculum.ASKS)
+KINDS = training.Kinds(curriculum.ONE_ARM, curriculum.OFFLINE, curriculum.OF_TASKS, curriculum.ASKS)
 
 
 STAGES = (

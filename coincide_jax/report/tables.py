@@ -39,6 +39,7 @@ def seen(artefacts: Artefacts, table: dict) -> list[tuple[str, list[str]]]:
         ("steps", lambda summary: _grouped(summary.get("steps"))),
         ("probes, rounds × records", lambda summary: _measured(summary.get("probe"))),
         ("skill graph, steps", lambda summary: _grouped(summary.get("graph_steps"))),
+        ("a probability moved by, of 1/arms", lambda summary: _share(summary.get("moved"))),
     ):
         cells = []
         for name in table["rows"]:
@@ -53,6 +54,11 @@ def seen(artefacts: Artefacts, table: dict) -> list[tuple[str, list[str]]]:
 
 def _grouped(number: int | None) -> tuple[int, str] | None:
     return None if number is None else (number, f"{number:,}")
+
+
+def _share(value: float | None) -> tuple[float, str] | None:
+    """None where nothing moved, as with one arm."""
+    return (value or None) and (value, f"{100 * value:.{0 if value >= 0.1 else 1}f} %")
 
 
 def _measured(probe: dict | None) -> tuple[int, str] | None:

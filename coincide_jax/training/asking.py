@@ -24,9 +24,10 @@ WARMUP = "select/warmup"  # the stage whose indices.npy are the warm-up
 
 class Kinds(NamedTuple):
     """Samplers that are handed the records in another way. one_arm: all in one arm, whatever cluster they are in;
-    of_tasks: arms are tasks; asks: answers are asked for."""
+    offline: nothing is learned from losses; of_tasks: arms are tasks; asks: answers are asked for."""
 
     one_arm: tuple[str, ...] = ()
+    offline: tuple[str, ...] = ()
     of_tasks: tuple[str, ...] = ()
     asks: tuple[str, ...] = ()
 

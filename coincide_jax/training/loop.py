@@ -242,6 +242,7 @@ def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
     seconds = np.asarray([line["seconds"] for line in lines])
     waited = float(np.sum(seconds * [line["data_wait"] for line in lines]) / max(seconds.sum(), 1e-9))
     scaled = {} if state.scale is None else {"skipped": sum(line["skipped"] for line in lines)}
+    rounds = artifacts.read_jsonl(out / "curriculum.jsonl")
     return scaled | {
         "steps": len(lines),
         "records": sum(line["records"] for line in lines),
@@ -255,4 +256,12 @@ def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
         "mfu": float(np.median([line["mfu"] for line in lines])),
         "data_wait": round(waited, 4),
         "arms_seen": int((jax.device_get(state.draws) > 0).sum()),
+        "moved": moved(np.asarray([line["probabilities"] for line in rounds])),
     }
+
+
+def moved(p: np.ndarray) -> float:
+    """By how much a curriculum changed its mind: the largest change of a probability since the first round, f64[R, K],
+    in units of that of an even draw. Arms that ran out (p = 0) do not count, nor what the others gain by that."""
+    units = p * np.maximum((p > 0).sum(1, keepdims=True), 1)
+    return float(np.abs(units - units[0])[(p > 0) & (p[0] > 0)].max(initial=0.0))

@@ -27,6 +27,7 @@ REFERENCE_KEYS = ("reference.train", "target.path", *READING, "device.precision"
 TRAIN_KEYS = ("train", "curriculum", "target.path", "select.fraction", *READING, "device.precision")
 ROUND_STEPS = 50  # steps between two plans where nothing is learned from them
 POOLS = ("coreset", "all")
+HARDLY = 0.05  # of the probability of an even draw: a curriculum that moves less is as good as an even draw
 MERGE = {"iterations": 50, "chunk": 4096}  # k-means over centroids, when fewer arms than clusters are asked for
 
 
@@ -175,6 +176,12 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
     if asker is not None:
         more = {"asked": {purpose: asker.count(purpose) for purpose in annotate.PURPOSES}, "budget": budget}
         say("train", "asked for {train} answers to train on and {probe} to probe".format(**more["asked"]))
+    if settings.name not in kinds.offline and draw.arms > 1 and summary["moved"] < HARDLY:
+        say(
+            "train",
+            f"'{settings.name}' hardly moved: no probability changed by more than {100 * summary['moved']:.1f} % of "
+            f"1/{draw.arms}; a larger curriculum.eta, fewer arms by curriculum.k or more steps let it choose",
+        )
     say("train", f"model {out / 'model'} · Hugging Face files {out / 'export'}")
     more |= {"start": begun, "fingerprint": checkpoint.fingerprint(params)}
     more |= {"arms": draw.arms, "pool": len(draw.records), "sampler": settings.name, "lag": settings.lag}

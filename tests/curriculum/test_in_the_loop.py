@@ -11,7 +11,7 @@ from coincide_jax.core import artifacts, axes
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset import batches
 from coincide_jax.models import vlm
-from coincide_jax.training import probe
+from coincide_jax.training import loop, probe
 from coincide_jax.training import steps as compiled
 from configs import common
 
@@ -55,8 +55,15 @@ def test_three_rounds(name, tmp_path):
     for line in rounds:
         p = np.asarray(line["probabilities"])
         assert (p >= 0).all() and p.sum() == pytest.approx(1.0, abs=1e-5)
-    moved = any(line["probabilities"] != rounds[0]["probabilities"] for line in rounds)
-    assert moved or ROWS[name]["name"] not in ONLINE
+    assert summary["moved"] > 0 or ROWS[name]["name"] not in ONLINE
+
+
+def test_how_far_a_probability_moved():
+    even = np.array([[0.25, 0.25, 0.25, 0.25], [0.25, 0.35, 0.2, 0.2]])
+    assert loop.moved(even) == pytest.approx(0.4)  # by 0.1, of 1/4
+    ran_out = np.array([[0.25, 0.25, 0.25, 0.25], [1 / 3, 1 / 3, 0.0, 1 / 3]])
+    assert loop.moved(ran_out) == pytest.approx(0.0, abs=1e-12)
+    assert loop.moved(np.ones((5, 1))) == 0
 
 
 def test_a_step_of_one_arm(tmp_path):
