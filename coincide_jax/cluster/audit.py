@@ -23,7 +23,7 @@ from coincide_jax.kernels.kmeans.tiles import device_memory, put, tiling
 
 COLLAPSE = 0.95  # mean cosine between centroids above which clusters tell little apart
 PAIRS = 20  # near-duplicate pairs that are listed
-BLOCK = 1024
+BLOCK = 256  # rows compared with all of their cluster at a time
 
 
 def measure(keys, inputs, features, rows, centroids, labels, cosine, history) -> tuple[dict, dict[str, np.ndarray]]:
@@ -165,7 +165,7 @@ def duplicates(features, labels, k: int, threshold: float, most: int, cache: int
     with Progress("audit", sum(len(rows) for rows in groups if len(rows) > 1), "records compared") as progress:
         for cluster, members, x in _gathered(features, groups, cache):
             x = x.astype(np.float32)
-            x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+            x /= np.maximum(np.sqrt(np.einsum("ij,ij->i", x, x)), 1e-12)[:, None]
             for start in range(0, len(x), BLOCK):
                 scores = x[start : start + BLOCK] @ x.T
                 above = np.argwhere(np.triu(scores > threshold, start + 1))
@@ -188,7 +188,7 @@ def _gathered(features, members: Sequence[np.ndarray], cache: int) -> Iterator[t
         rows = features[wanted]
         for cluster in kept[first:last]:
             yield cluster, members[cluster], rows[np.searchsorted(wanted, members[cluster])]
-        first = last
+        first, rows = last, None  # before the next are read
 
 
 def against_label(values: list, labels, shuffled, k: int) -> tuple[dict, np.ndarray, np.ndarray] | None:

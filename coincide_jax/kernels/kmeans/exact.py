@@ -11,8 +11,8 @@ import numpy as np
 
 GRID = 2.0**24  # features are integers over this
 LARGEST = 16.0  # of a feature's magnitude
-BLOCK = 1 << 20  # float64 numbers of an array in work: 8 MiB
-READ = 32 << 20  # bytes of rows read at once, in multiples of `HEIGHT` rows
+BLOCK = 1 << 18  # float64 numbers of an array in work: 2 MiB
+READ = 8 << 20  # bytes of rows read at once, in multiples of `HEIGHT` rows
 HEIGHT = 256  # rows of which a store decodes all when it is asked for one
 SLACK = 1e-14  # float64 products of rows of length 1 differ by less than this times their width
 

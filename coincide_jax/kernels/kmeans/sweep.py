@@ -51,9 +51,8 @@ class Sweeper:
         with jax.enable_x64(True):
             self.single, self.fast = products.directions(centroids, tiles.dtype)
             told = products.prepare(centroids, centroids if fresh else previous, self.single, self.fast)
-        bounds, drift = jax.device_get(told)
+        self.bounds, drift = jax.device_get(told)
         self.centroids = centroids
-        self._bounds(*bounds)
         prefix = self._reach(drift, fresh)
         if with_sums and (fresh or self.limbs is None):
             zeros = jax.jit(
@@ -76,48 +75,47 @@ class Sweeper:
         self.assignment[self.assignment < 0] = 0  # of length zero, or the only cluster's, and in no tile that was read
         return moved
 
-    def _bounds(self, radius: float, single: float, fast: float) -> None:
-        """Rounding bounds f64[N] of a score: in the fast type and in float32."""
-        tiles = self.tiles
-        slack = exact.SLACK * tiles.width * self.norms
-        both = self.norms + self.lost
-        self.err_fast = (
-            1.0001
-            * (
-                self.norms * fast
-                + (radius + fast) * (self.lost + products.accumulation(tiles.width, self.block) * both)
-            )
-            + slack
-        )
-        share = single + (radius + single) * products.accumulation(tiles.width, products.SINGLE)
-        self.err_single = 1.0001 * self.norms * share + slack
+    def _error(self, rows: np.ndarray, single: bool) -> np.ndarray:
+        """Rounding bound f64[n] of the scores of some rows: in float32, or in the fast type."""
+        norms, width = self.norms[rows], self.tiles.width
+        radius, rounded, cast = self.bounds
+        if single:
+            share = rounded + (radius + rounded) * products.accumulation(width, products.SINGLE)
+            error = norms * share
+        else:
+            lost = self.lost[rows]
+            share = lost + products.accumulation(width, self.block) * (norms + lost)
+            error = norms * cast + (radius + cast) * share
+        return 1.0001 * error + exact.SLACK * width * norms
 
     def _reach(self, drift: np.ndarray, fresh: bool) -> np.ndarray:
         """How many of the centroids, farthest moved first, each row has to meet: i32[N]; 0 = none. Sets the gaps to
         what is left of them if the row meets only those."""
-        labels, k = self.assignment, self.k
+        prefix, k = np.zeros(self.tiles.rows, np.int32), self.k
         if fresh:
             self.gap[:] = -np.inf
-            return np.where(self.norms > 0, k, 0).astype(np.int32) if k > 1 else np.zeros(len(labels), np.int32)
+            prefix[self.norms > 0] = k if k > 1 else 0
+            return prefix
         order = np.argsort(-drift, kind="stable").astype(np.int32)
         self.order = put(order, self.tiles.whole)
         down = drift[order]
-        own = self.norms * drift[labels]
-        others = np.where(labels == order[0], down[min(1, k - 1)], down[0])
-        left = self.gap - (own + self.norms * others) * (1 + 1e-9)
-        active = (left <= 0) & (self.norms > 0) & (k > 1)
         sizes = np.unique([max(8, -(-k // share)) for share in (16, 8, 4, 2)] + [k])
         sizes = sizes[sizes <= k]
         after = np.append(down, 0.0)[sizes]  # the farthest move among those that are not met
-        prefix, every = np.zeros(len(labels), np.int32), np.flatnonzero(active)
-        for rows in np.array_split(every, -(-len(every) // ROWS)) if len(every) else ():
-            rest = self.gap[rows, None] - (own[rows, None] + self.norms[rows, None] * after) * (1 + 1e-9)
+        for begin in range(0, self.tiles.rows, ROWS):
+            at = slice(begin, begin + ROWS)
+            norms, labels, gap = self.norms[at], self.assignment[at], self.gap[at]
+            own = norms * drift[labels]
+            others = np.where(labels == order[0], down[min(1, k - 1)], down[0])
+            left = gap - (own + norms * others) * (1 + 1e-9)
+            rows = np.flatnonzero((left <= 0) & (norms > 0) & (k > 1))
+            rest = gap[rows, None] - (own[rows, None] + norms[rows, None] * after) * (1 + 1e-9)
             enough = rest > 0
             enough[:, -1] = True
             choice = np.argmax(enough, axis=1)
             left[rows] = np.where(sizes[choice] == k, np.inf, rest[np.arange(len(rows)), choice])
-            prefix[rows] = sizes[choice]
-        self.gap = left
+            prefix[at][rows] = sizes[choice]
+            self.gap[at] = left
         return prefix
 
     def _dispatch(self, tile: int, fast: jax.Array, prefix: np.ndarray) -> list[tuple]:
@@ -148,7 +146,7 @@ class Sweeper:
         """Takes the results of a tile, decides what they leave open, moves rows between the sums."""
         start, stop = self.tiles.span(tile)
         before = self.assignment[start:stop].copy()
-        unsure = [self._take(start, *call, self.err_fast) for call in calls]
+        unsure = [self._take(start, *call, single=False) for call in calls]
         unsure = np.concatenate(unsure) if unsure else np.zeros(0, np.int64)
         if len(unsure) and self.tiles.dtype != np.float32:
             self.work += len(unsure) * self.k
@@ -157,7 +155,7 @@ class Sweeper:
             calls = [
                 (unsure, *call) for call in self._meet(x, start, unsure, self.single, every, self.k, products.SINGLE)
             ]
-            unsure = np.concatenate([self._take(start, *call, self.err_single) for call in calls])
+            unsure = np.concatenate([self._take(start, *call, single=True) for call in calls])
         if len(unsure):
             self.assignment[start + unsure] = self._decide(x, unsure)
             self.gap[start + unsure] = 0.0
@@ -166,6 +164,7 @@ class Sweeper:
         changed = np.flatnonzero(labels != before)
         if with_sums:
             rows = np.arange(stop - start) if fresh else changed
+            jax.block_until_ready(self.limbs)  # those of the tile before: else up to 32 calls keep their tiles on CPUs
             for places, local in self.tiles.blocks(rows):
                 own = places >= 0
                 plus = np.where(own, labels[rows[places]], self.k).astype(np.int32)
@@ -174,7 +173,7 @@ class Sweeper:
                 self.limbs = products.add_rows(*self.limbs, x, *lists)
         return len(changed)
 
-    def _take(self, start: int, rows: np.ndarray, places, found, error: np.ndarray) -> np.ndarray:
+    def _take(self, start: int, rows: np.ndarray, places, found, *, single: bool) -> np.ndarray:
         """Labels and gaps from one call's results; returns the rows of the tile that stay open."""
         found = [np.asarray(value) for value in jax.device_get(found)]
         if places is None:  # a whole tile met all centroids
@@ -191,7 +190,7 @@ class Sweeper:
             margin = np.where(stays, score - top, top - np.maximum(score, second))
             rest = self.gap[start + rows]
         where = start + rows
-        margin = margin - 2.0 * error[where]
+        margin = margin - 2.0 * self._error(where, single)
         self.assignment[where] = label  # of a row that stays open: for now
         self.gap[where] = np.minimum(margin, rest)
         return rows[margin <= 0]
