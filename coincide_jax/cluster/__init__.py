@@ -15,7 +15,7 @@ from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.metrics import say
 from coincide_jax.kernels import kmeans
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 KEYS = ("cluster", "extract.features")
 WARMUP_KEYS = (*KEYS, "curriculum.warmup_k")
 GIVEN = "given.npy"

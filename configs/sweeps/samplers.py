@@ -4,9 +4,10 @@ Command   python -m coincide_jax.main --config=configs/sweeps/samplers.py       
           python -m coincide_jax.main --config=configs/sweeps/samplers.py:tiny       a few records, to see that it runs
           python -m coincide_jax.main --config=configs/sweeps/samplers.py:own --config.dataset.records=PATH.json \\
               --config.dataset.images=DIR [--config.evaluate.questions=DIR] --workdir=DIR    5,000 of your records
-Machine   two CPU cores; the embedded data took 18 minutes on a shared one
+Machine   two CPU cores; the embedded data took 7 minutes
 Paper     the samplers' own: see the docstrings of coincide_jax/curriculum
-Read      report/report.html, the section Curriculum: task ratio over rounds, spread and visited arms of each row;
+Read      report/report.html, the section Curriculum: task ratio over rounds, spread and visited arms of each row; the table of
+          results says how far a probability moved;
           rows/<row>/seed0/train/curriculum.jsonl has the probabilities of every round
 
 Everything is small: what a row scores says little (configs/sweeps/curricula.py compares a few of them in earnest).

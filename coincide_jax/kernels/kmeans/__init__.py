@@ -31,7 +31,9 @@ from coincide_jax.kernels.kmeans.tiles import OnTile, RowError, Tiles, fast_dtyp
 __all__ = [
     "HISTORY", "INITS", "LARGEST", "KMeansResult", "RowError", "State", "assign", "cosines", "fit", "lay_out", "members"
 ]  # fmt: skip
-HISTORY = ("objective", "imbalance", "empties", "moved", "work", "seconds")
+HISTORY = ("objective", "updated", "imbalance", "empties", "moved", "work", "seconds")
+
+MOVED = HISTORY.index("moved")
 
 
 class KMeansResult(NamedTuple):
@@ -40,6 +42,7 @@ class KMeansResult(NamedTuple):
     centroids: np.ndarray  # f32[K, D], unit rows
     assignment: np.ndarray  # i32[N], to these centroids
     objective: np.ndarray  # f64[T], mean of x·c before each update
+    updated: np.ndarray  # f64[T], the same after it, the labels as they were
     imbalance: np.ndarray  # f64[T], K Σ n_k² / N²: 1 is perfectly even
     empties: np.ndarray  # i32[T]
     moved: np.ndarray  # i32[T], rows that changed cluster
@@ -54,7 +57,7 @@ class State(NamedTuple):
 
     centroids: np.ndarray  # f32[K, D] of the next iteration
     assignment: np.ndarray  # i32[N] of the last one
-    history: np.ndarray  # f64[T, 6], the columns of `HISTORY`
+    history: np.ndarray  # f64[T, 7], the columns of `HISTORY`
 
     @classmethod
     def of(cls, centroids, assignment: np.ndarray, history) -> "State":
@@ -105,7 +108,8 @@ def fit(
       init: 'random' (distinct rows), 'k-means++' ('k-means||' when streamed), 'k-means||', or f32[K, D].
       memory: bytes for features on all devices, above which they are streamed; 0 = what they have (4 GiB on CPUs).
       product: 'auto', 'float32', 'bfloat16' or 'float16': the type of the fast products. The result is the same.
-      tolerance: stop when an iteration raises the objective by less than this share; None: when no row moves.
+      tolerance: stop when an iteration raises the objective by less than this share, or an update by half of it (which
+        shows a pass earlier; new labels seldom win more than the update before them); None: when no row moves.
       on_iteration: called after each pass with {iteration, objective, …}, the names of `HISTORY`.
       on_state: called with the `State` after every `state_every` iterations.
       resume: where an earlier call with the same arguments stood.
@@ -137,30 +141,34 @@ def fit(
         with jax.enable_x64(True):
             settled = products.settle(*products.total(*sweeper.limbs), centroids)
         lengths, dots = jax.device_get(settled[1:])
-        objective = float(np.sum(dots)) / rows
+        objective, updated = float(np.sum(dots)) / rows, float(np.sum(lengths)) / rows
         imbalance = k * float(np.sum(sizes.astype(np.float64) ** 2)) / rows**2
         if moved:  # else these centroids are the means of this very assignment
             following = seeding.reseed(features, sweeper.norms, sweeper.assignment, sizes, lengths, settled[0])
             centroids, previous = following, centroids
         seconds = time.perf_counter() - begin
-        history.append((objective, imbalance, int(np.sum(sizes == 0)), moved, sweeper.work, seconds))
+        history.append((objective, updated, imbalance, int(np.sum(sizes == 0)), moved, sweeper.work, seconds))
         if on_iteration:
             on_iteration({"iteration": len(history), **dict(zip(HISTORY, history[-1], strict=True))})
         if on_state and len(history) % state_every == 0:
             on_state(State.of(centroids, sweeper.assignment, history))
-    if not history or history[-1][3] > 0:
+    if not history or history[-1][MOVED] > 0:
         sweeper.run(centroids, previous, with_sums=False)
     columns = list(zip(*history, strict=True)) or [()] * len(HISTORY)
-    kinds = (np.float64, np.float64, np.int32, np.int32, np.float64, np.float64)
+    kinds = (np.float64, np.float64, np.float64, np.int32, np.int32, np.float64, np.float64)
     arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
     return KMeansResult(np.array(centroids), sweeper.assignment, *arrays, len(history), tiles.resident)
 
 
 def _ended(history: list[tuple], tolerance: float | None) -> bool:
     """Whether no row moved, or the objective hardly did."""
-    if history[-1][3] == 0:
+    objective, updated, *_ = history[-1]
+    if history[-1][MOVED] == 0:
         return True
-    return tolerance is not None and len(history) > 1 and history[-1][0] < history[-2][0] * (1 + tolerance)
+    if tolerance is None:
+        return False
+    little = len(history) > 1 and objective < history[-2][0] * (1 + tolerance)
+    return little or updated < objective * (1 + tolerance / 2)
 
 
 def assign(

@@ -4,6 +4,7 @@ Results that the host reads are gathered to every device, so that each process o
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ AXES = ("data", "model")  # the rows of a tile are shared by all devices
 # contraction length of one matrix product: a longer one is faster, a shorter one has a smaller bound on its rounding
 FAST = {"float32": 2048, "float16": 2048, "bfloat16": 4096}  # in bfloat16 the operands' rounding is far larger
 SINGLE = 1024  # of rows that are repeated in float32
-LIMB = 20  # bits of the low limb; a block of rows adds at most 2^11 rows to it
+LIMB = 20  # bits of the low limb
+LOOSE = 2**11 - 2  # rows that may be added to a low limb before its carry is taken out
 LANES = 128
 ROUNDING = 2.0**-24
 EXACT = 16.0  # squared length of a float16 row below which any order of summation is exact in float64
@@ -40,17 +42,28 @@ def everywhere(*values):
     return tuple(jax.lax.all_gather(value, AXES, tiled=True) for value in values)
 
 
-def _product(x, directions, block: int):
-    """Scores f32[R, K] by blocks of the contraction."""
+def blocked(array, block: int) -> tuple:
+    """Columns of an array in blocks, each an array of its own: a slice would be copied in every product."""
+    return tuple(array[:, begin : begin + block] for begin in range(0, array.shape[1], block))
+
+
+def _columns(x, directions):
+    """x f[..., D] cut as directions are: tuple of f[..., d]."""
+    ends = [0, *itertools.accumulate(part.shape[1] for part in directions)]
+    return tuple(x[..., begin:end] for begin, end in itertools.pairwise(ends))
+
+
+def _product(x, directions):
+    """Scores f32[R, K] of rows f[R, D] and directions, blocks f[K, d] of the contraction."""
     return sum(
         jax.lax.dot_general(
-            x[:, begin : begin + block],
-            directions[:, begin : begin + block],
+            rows.astype(part.dtype),
+            part,
             (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            precision=jax.lax.Precision.HIGHEST if part.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         )
-        for begin in range(0, x.shape[1], block)
+        for rows, part in zip(_columns(x, directions), directions, strict=True)
     )
 
 
@@ -66,42 +79,51 @@ def _two_best(scores):
 
 @jax.jit
 def nearest(x, directions):
-    """Two best of every row of a tile: f[C, D], f[K, D] → index i32[C], best and second best score f32[C]."""
+    """Two best of every row of a tile: f[C, D], blocks of f[K, D] → index i32[C], best and second best score f32[C]."""
 
     def local(x, directions):
-        return everywhere(*_two_best(_product(x.astype(directions.dtype), directions, FAST[directions.dtype.name])))
+        return everywhere(*_two_best(_product(x, directions)))
 
     return over_rows(local, "r.")(x, directions)
 
 
-@functools.partial(jax.jit, static_argnames=("prefix", "block"))
-def against(x, rows, own, directions, order, prefix: int, block: int):
+@functools.partial(jax.jit, static_argnames="prefix")
+def against(x, stored, rows, own, directions, single, order, prefix: int):
     """Some rows against their own cluster and the first `prefix` others of `order`.
 
     Args:
-      x: f[C, D] tile. rows: i32[S·B] rows within their device's part of it. own: i32[S·B] their clusters.
-      directions: f[K, D]. order: i32[K], a permutation of the clusters. block: contraction length.
+      x, stored: f[C, D] a tile, in the type of the products and as stored. rows: i32[S·B] rows within their device's
+        part of it. own: i32[S·B] their clusters. directions, single: blocks of f[K, D], in the type of the products and
+        in float32. order: i32[K], a permutation of the clusters.
 
     Returns:
-      i32[S·B] best other cluster; f32[S·B] its score, the second best other's, and the own cluster's.
+      i32[S·B] best other cluster; f32[S·B] its score, the second best other's, and the own cluster's, which is of
+      float32 products.
     """
 
-    def local(x, rows, own, directions, order):
-        x = x.at[rows].get(mode="clip").astype(directions.dtype)
-        mine = directions.at[own].get(mode="clip")
-        part = min(block, x.shape[1])
-        pad = ((0, 0), (0, -x.shape[1] % part))
-        terms = jnp.pad(x.astype(jnp.float32) * mine.astype(jnp.float32), pad).reshape(len(x), -1, part)
+    def own_score(stored, own, single):
+        terms = (
+            jnp.sum(row.astype(jnp.float32) * part.at[own].get(mode="clip"))
+            for row, part in zip(_columns(stored, single), single, strict=True)
+        )
         # the barrier keeps the two sums apart, as the bound on their rounding has them
-        score = jnp.sum(jax.lax.optimization_barrier(jnp.sum(terms, axis=2)), axis=1)
-        chosen = order[:prefix]
-        others = directions if prefix == len(order) else directions.at[chosen].get(mode="clip")
-        names = jnp.arange(prefix, dtype=jnp.int32) if prefix == len(order) else chosen
-        scores = jnp.where(names[None, :] == own[:, None], -jnp.inf, _product(x, others, block))
+        return jnp.sum(jax.lax.optimization_barrier(jnp.stack(list(terms))))
+
+    def in_cache(stored, own, single):  # six times as fast as all rows at once
+        return jax.lax.map(lambda pair: own_score(*pair, single), (stored, own), batch_size=16)
+
+    def local(x, stored, rows, own, directions, single, order):
+        x, stored = x.at[rows].get(mode="clip"), stored.at[rows].get(mode="clip")
+        whole = jax.vmap(own_score, (0, 0, None))
+        score = jax.lax.platform_dependent(stored, own, single, cpu=in_cache, default=whole)
+        chosen, every = order[:prefix], prefix == len(order)
+        others = directions if every else tuple(part.at[chosen].get(mode="clip") for part in directions)
+        names = jnp.arange(prefix, dtype=jnp.int32) if every else chosen
+        scores = jnp.where(names[None, :] == own[:, None], -jnp.inf, _product(x, others))
         best, top, second = _two_best(scores)
         return everywhere(names.at[best].get(mode="clip"), top, second, score)
 
-    return over_rows(local, "rrr..")(x, rows, own, directions, order)
+    return over_rows(local, "rrrr...")(x, stored, rows, own, directions, single, order)
 
 
 @jax.jit
@@ -119,7 +141,7 @@ def take(x, rows):
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def add_rows(low, high, x, rows, plus, minus=None):
-    """Moves rows of a tile between clusters in the exact sums.
+    """Moves rows of a tile between clusters in the exact sums. After `LOOSE` rows a device it is time to `carry`.
 
     Args:
       low, high: i32[S, K, D] limbs on each device; a sum is (low + high 2^20) 2^-24.
@@ -135,15 +157,25 @@ def add_rows(low, high, x, rows, plus, minus=None):
             low, high = (
                 limb.at[clusters].add(-part, mode="drop") for limb, part in zip((low, high), parts, strict=True)
             )
-        return (low & ((1 << LIMB) - 1))[None], (high + (low >> LIMB))[None]
+        return low[None], high[None]
 
     minus = () if minus is None else (minus,)
     return over_rows(local, "rrrrr" + "r" * len(minus), jax.P(AXES))(low, high, x, rows, plus, *minus)
 
 
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def carry(low, high):
+    """Limbs i32[S, K, D] of the same sums, the low ones from 0 to 2^20."""
+
+    def local(low, high):
+        return low & ((1 << LIMB) - 1), high + (low >> LIMB)
+
+    return over_rows(local, "rr", jax.P(AXES))(low, high)
+
+
 @jax.jit
 def total(low, high):
-    """Limbs summed over the devices: two i32[K, D]."""
+    """Limbs, carries taken out, summed over the devices: two i32[K, D]."""
 
     def local(low, high):
         return jax.lax.psum((low[0], high[0]), AXES)
@@ -221,46 +253,55 @@ def settle(low, high, centroids):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def directions(centroids, dtype):
-    """Centroids f32[K, D] less their mean, in float32 and in `dtype`. Call under `jax.enable_x64(True)`."""
+    """Centroids f32[K, D] less their mean f32[D], which is returned first, in float32 and in `dtype`: blocks of both.
+    Call under `jax.enable_x64(True)`."""
 
     def local(centroids):
-        single = _offset(centroids).astype(jnp.float32)
-        return single, single.astype(dtype)
+        mean = jnp.mean(centroids, axis=0)
+        single = (centroids.astype(jnp.float64) - mean.astype(jnp.float64)[None, :]).astype(jnp.float32)
+        return mean, blocked(single, SINGLE), blocked(single.astype(dtype), FAST[jnp.dtype(dtype).name])
 
     return over_rows(local, ".")(centroids)
 
 
-def _offset(centroids):
-    wide = centroids.astype(jnp.float64)
-    return wide - jnp.mean(wide, axis=0, keepdims=True)
-
-
 @jax.jit
-def prepare(centroids, previous, single, fast):
+def prepare(centroids, previous, mean, single, fast):
     """How far what a pass multiplies with (`directions`) may lead. Call under `jax.enable_x64(True)`.
 
     Scores are taken against the centroids less their mean, which moves all scores of a row alike and makes the
-    rounding smaller where centroids share a direction. `single` and `fast` come in as arguments: a compiler that saw
-    their rounding in one program might take it out again (XLA does on GPUs).
+    rounding smaller where centroids share a direction. `mean`, `single` and `fast` come in as arguments: a compiler
+    that saw their rounding in one program might take it out again (XLA does on GPUs).
 
     Returns:
       f64[3] upper bounds: the longest direction, the largest rounding of a float32 and of a fast one; f64[K] how far
       each centroid is from the previous one.
     """
 
-    def local(centroids, previous, single, fast):
-        offset = _offset(centroids)
+    def lengths(centroid, previous, single, fast, mean):
+        wide = centroid.astype(jnp.float64)
+        offset = wide - mean.astype(jnp.float64)
 
-        def longest(rows):
-            return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=1))) * (1 + 1e-9)
+        def rounded(parts):
+            pairs = zip(_columns(offset[None], parts), parts, strict=True)
+            return sum(jnp.sum((whole[0] - part[0].astype(jnp.float64)) ** 2) for whole, part in pairs)
 
-        bounds = jnp.stack(
-            [longest(offset), longest(offset - single.astype(jnp.float64)), longest(offset - fast.astype(jnp.float64))]
-        )
-        moved = centroids.astype(jnp.float64) - previous.astype(jnp.float64)
-        return bounds, jnp.sqrt(jnp.sum(moved * moved, axis=1)) * (1 + 1e-9)
+        moved = wide - previous.astype(jnp.float64)
+        squares = jnp.sum(offset * offset), rounded(single), rounded(fast), jnp.sum(moved * moved)
+        return jnp.sqrt(jnp.stack(squares)) * (1 + 1e-9)
 
-    return over_rows(local, "....")(centroids, previous, single, fast)
+    def in_cache(*arrays):  # CPUs would write the float64 intermediates of all rows to memory
+        *rows, mean = arrays
+        return jax.lax.map(lambda row: lengths(*row, mean), tuple(rows), batch_size=8)
+
+    def local(*arrays):
+        centroids, previous, mean, single, fast = arrays
+        single, fast = (tuple(part[:, None] for part in parts) for parts in (single, fast))
+        whole = jax.vmap(lengths, (0, 0, 0, 0, None))
+        rows = centroids, previous, single, fast, mean
+        found = jax.lax.platform_dependent(*rows, cpu=in_cache, default=whole)
+        return jnp.max(found[:, :3], axis=0), found[:, 3]
+
+    return over_rows(local, ".....")(centroids, previous, mean, single, fast)
 
 
 @jax.jit
@@ -268,9 +309,15 @@ def near(x, centroids):
     """Which centroids f32[K, D] are as good as the best of rows f[n, D], as far as float64 products can tell:
     bool[n, K]. Call under `jax.enable_x64(True)`."""
 
+    def whole(wide, centroids):
+        return jnp.matmul(wide, centroids.astype(jnp.float64).T, precision=jax.lax.Precision.HIGHEST)
+
+    def in_cache(wide, centroids):  # else CPUs write all centroids to memory once more, in float64
+        return jax.lax.map(lambda centroid: wide @ centroid.astype(jnp.float64), centroids, batch_size=32).T
+
     def local(x, centroids):
         wide = x.astype(jnp.float64)
-        scores = jnp.einsum("nd,kd->nk", wide, centroids.astype(jnp.float64), precision=jax.lax.Precision.HIGHEST)
+        scores = jax.lax.platform_dependent(wide, centroids, cpu=in_cache, default=whole)
         slack = SLACK * x.shape[1] * jnp.sqrt(jnp.sum(wide * wide, axis=1, keepdims=True))
         return scores >= jnp.max(scores, axis=1, keepdims=True) - slack
 

@@ -9,9 +9,10 @@ they differ by more than twice
     err = ‖x‖ e_d + ‖x̃ − x‖ (r + e_d) + a (‖x‖ + ‖x̃ − x‖)(r + e_d) + 1e-14 D ‖x‖,
 
 x̃ the row and d̃ a direction (centroid less the mean) in the fast type, r the longest direction, e_d = max ‖d̃ − d‖, both
-measured, and a `products.accumulation`. Rows within it are repeated in float32 (x̃ = x, a smaller e_d), rows within
-float32's own bound in float64, and what float64 products cannot order is summed in one order on the host: the label is
-always the one that `exact` defines, whatever was skipped, on any device, with tiles of any size.
+measured, and a `products.accumulation`. (Scores of the own centroid, where it is met apart, are of float32 products,
+whose bound is no larger.) Rows within it are repeated in float32 (x̃ = x, a smaller e_d), rows within float32's own
+bound in float64, and what float64 products cannot order is summed in one order on the host: the label is always the one
+that `exact` defines, whatever was skipped, on any device, with tiles of any size.
 """
 
 import jax
@@ -21,7 +22,9 @@ from coincide_jax.kernels.kmeans import exact, products
 from coincide_jax.kernels.kmeans.tiles import Tiles, put
 
 ROWS = 1 << 15  # whose prefixes are chosen at a time
-FULL = 0.5  # a tile is met as a whole when more than this share of its rows meets all centroids
+# Products with chosen rows cost so many times those of a whole tile, and each row the time of so many more products
+# (its copy, and its own score). Measured on a CPU; a wrong one costs time, not labels.
+CALLED, APART = 1.2, 256
 
 
 class Sweeper:
@@ -32,14 +35,14 @@ class Sweeper:
     """
 
     def __init__(self, tiles: Tiles, k: int, assignment: np.ndarray | None = None):
-        self.tiles, self.k, self.block = tiles, k, products.FAST[tiles.dtype.name]
+        self.tiles, self.k = tiles, k
         self.norms, self.lost = tiles.measure()
         if tiles.rows * max(1.0, float(np.max(self.norms))) > 2.0**27:
             raise ValueError(f"{tiles.rows} rows; the exact sums hold up to 2^27")
         self.assignment = np.full(tiles.rows, -1, np.int32) if assignment is None else assignment
         self.gap = np.full(tiles.rows, -np.inf)
         self.order = put(np.arange(k, dtype=np.int32), tiles.whole)
-        self.limbs = None
+        self.limbs, self.loose = None, 0  # exact sums, and how many rows were added since the last carry
         self.work = 0.0
 
     def run(self, centroids: jax.Array, previous: jax.Array | None, with_sums: bool = True) -> int:
@@ -49,8 +52,8 @@ class Sweeper:
         """
         tiles, fresh = self.tiles, previous is None
         with jax.enable_x64(True):
-            self.single, self.fast = products.directions(centroids, tiles.dtype)
-            told = products.prepare(centroids, centroids if fresh else previous, self.single, self.fast)
+            mean, self.single, self.fast = products.directions(centroids, tiles.dtype)
+            told = products.prepare(centroids, centroids if fresh else previous, mean, self.single, self.fast)
         self.bounds, drift = jax.device_get(told)
         self.centroids = centroids
         prefix = self._reach(drift, fresh)
@@ -64,12 +67,14 @@ class Sweeper:
         if fresh and with_sums:
             wanted[:] = True
         for tile, x, fast in tiles.read(wanted, "tiles assigned"):
-            calls = self._dispatch(tile, fast, prefix)
+            calls = self._dispatch(tile, x, fast, prefix)
             if waiting:
                 moved += self._finish(*waiting, fresh, with_sums)
             waiting = tile, x, calls
         if waiting:
             moved += self._finish(*waiting, fresh, with_sums)
+        if self.loose:
+            self.limbs, self.loose = products.carry(*self.limbs), 0
         self.work /= tiles.rows * self.k
         moved += int(np.sum(self.assignment < 0))
         self.assignment[self.assignment < 0] = 0  # of length zero, or the only cluster's, and in no tile that was read
@@ -84,7 +89,7 @@ class Sweeper:
             error = norms * share
         else:
             lost = self.lost[rows]
-            share = lost + products.accumulation(width, self.block) * (norms + lost)
+            share = lost + products.accumulation(width, products.FAST[self.tiles.dtype.name]) * (norms + lost)
             error = norms * cast + (radius + cast) * share
         return 1.0001 * error + exact.SLACK * width * norms
 
@@ -118,29 +123,27 @@ class Sweeper:
             self.gap[at] = left
         return prefix
 
-    def _dispatch(self, tile: int, fast: jax.Array, prefix: np.ndarray) -> list[tuple]:
+    def _dispatch(self, tile: int, x: jax.Array, fast: jax.Array, prefix: np.ndarray) -> list[tuple]:
         """Starts the products of a tile: [(rows of the tile, places, results on the devices)]."""
         start, stop = self.tiles.span(tile)
         prefix, calls = prefix[start:stop], []
-        if np.sum(prefix == self.k) > FULL * (stop - start):
-            rows = np.flatnonzero(prefix > 0)
+        rows = np.flatnonzero(prefix > 0)
+        if np.sum(prefix[rows] * CALLED + APART) > (stop - start) * self.k:
             self.work += (stop - start) * self.k
             return [(rows, None, products.nearest(fast, self.fast))]
-        for size in np.unique(prefix[prefix > 0]):
+        for size in np.unique(prefix[rows]):
             rows = np.flatnonzero(prefix == size)
             self.work += len(rows) * int(size)
-            calls += [
-                (rows, *call) for call in self._meet(fast, start, rows, self.fast, self.order, int(size), self.block)
-            ]
+            calls += [(rows, *call) for call in self._meet(x, fast, start, rows, self.fast, self.order, int(size))]
         return calls
 
-    def _meet(self, x, start: int, rows: np.ndarray, directions, order, size: int, block: int):
+    def _meet(self, x, fast, start: int, rows: np.ndarray, directions, order, size: int):
         """Calls `against` for rows of a tile; yields (places in `rows`, results)."""
         by_rows = self.tiles.by_rows
         for places, local in self.tiles.blocks(rows):
             own = np.where(places >= 0, np.maximum(self.assignment[start + rows[places]], 0), 0).astype(np.int32)
-            own = put(own, by_rows)
-            yield places, products.against(x, put(local, by_rows), own, directions, order, size, block)
+            lists = (put(part, by_rows) for part in (local, own))
+            yield places, products.against(fast, x, *lists, directions, self.single, order, size)
 
     def _finish(self, tile: int, x: jax.Array, calls: list[tuple], fresh: bool, with_sums: bool) -> int:
         """Takes the results of a tile, decides what they leave open, moves rows between the sums."""
@@ -152,9 +155,7 @@ class Sweeper:
             self.work += len(unsure) * self.k
             every = put(np.arange(self.k, dtype=np.int32), self.tiles.whole)
             self.gap[start + unsure] = np.inf
-            calls = [
-                (unsure, *call) for call in self._meet(x, start, unsure, self.single, every, self.k, products.SINGLE)
-            ]
+            calls = [(unsure, *call) for call in self._meet(x, x, start, unsure, self.single, every, self.k)]
             unsure = np.concatenate([self._take(start, *call, single=True) for call in calls])
         if len(unsure):
             self.assignment[start + unsure] = self._decide(x, unsure)
@@ -170,7 +171,10 @@ class Sweeper:
                 plus = np.where(own, labels[rows[places]], self.k).astype(np.int32)
                 minus = () if fresh else (np.where(own, before[rows[places]], self.k),)
                 lists = (put(part.astype(np.int32), self.tiles.by_rows) for part in (local, plus, *minus))
+                if self.loose + len(local) // self.tiles.shards > products.LOOSE:
+                    self.limbs, self.loose = products.carry(*self.limbs), 0
                 self.limbs = products.add_rows(*self.limbs, x, *lists)
+                self.loose += len(local) // self.tiles.shards
         return len(changed)
 
     def _take(self, start: int, rows: np.ndarray, places, found, *, single: bool) -> np.ndarray:
@@ -197,7 +201,7 @@ class Sweeper:
 
     def _decide(self, x: jax.Array, rows: np.ndarray) -> np.ndarray:
         """Labels i32[n] of rows of a tile by their definition."""
-        size = max(64, 1 << (len(rows) - 1).bit_length())
+        size = max(8, 1 << (len(rows) - 1).bit_length())
         taken = products.take(
             x, put(np.pad(rows, (0, size - len(rows)), mode="edge").astype(np.int32), self.tiles.whole)
         )
