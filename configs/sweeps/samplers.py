@@ -6,9 +6,8 @@ Command   python -m coincide_jax.main --config=configs/sweeps/samplers.py       
               --config.dataset.images=DIR [--config.evaluate.questions=DIR] --workdir=DIR    5,000 of your records
 Machine   two CPU cores; the embedded data took 7 minutes
 Paper     the samplers' own: see the docstrings of coincide_jax/curriculum
-Read      report/report.html, the section Curriculum: task ratio over rounds, spread and visited arms of each row; the table of
-          results says how far a probability moved;
-          rows/<row>/seed0/train/curriculum.jsonl has the probabilities of every round
+Read      report/report.html, the section Curriculum: task ratio over rounds, spread and visited arms of each row; its
+          table of results: how far a probability moved. rows/<row>/seed0/train/curriculum.jsonl: the probabilities
 
 Everything is small: what a row scores says little (configs/sweeps/curricula.py compares a few of them in earnest).
 `full` sees every record once; all others take a fifth of its steps.
