@@ -21,7 +21,7 @@ PRODUCTS = ("auto", "float32", "bfloat16", "float16")
 STATE = "state.npz"  # where the clustering stands; gone when the stage is complete
 NOTES = "sketch.json"  # what the sketch was
 SEAL = 32  # bytes of a SHA-256
-POLISH = 5e-4  # share by which the objective rises in the iteration after which a sketch's exact polish stops
+POLISH = 5e-4  # share by which an iteration raises the objective, below which a sketch's exact polish stops
 
 
 class Passes:
@@ -216,7 +216,8 @@ def _resume(path: pathlib.Path, rows: int, k: int, width: int) -> kmeans.State |
     if _whole(path):
         with np.load(path) as held:
             state = kmeans.State(**held)
-    if state is None or state.centroids.shape != (k, width) or len(state.assignment) != rows:
+    shapes = state and (state.centroids.shape, state.assignment.shape, state.history.shape[1:])
+    if shapes != ((k, width), (rows,), (len(kmeans.HISTORY),)):
         say("cluster", f"{path} is damaged; the clustering begins again")
         return None
     say("cluster", f"goes on after iteration {len(state.history)}")

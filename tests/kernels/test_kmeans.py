@@ -35,7 +35,7 @@ def nearest(x, centroids) -> np.ndarray:
 
 
 def same(a: kmeans.KMeansResult, b: kmeans.KMeansResult):
-    for name in ("centroids", "assignment", "objective", "imbalance", "empties", "moved", "iterations"):
+    for name in ("centroids", "assignment", "objective", "updated", "imbalance", "empties", "moved", "iterations"):
         left, right = getattr(a, name), getattr(b, name)
         np.testing.assert_array_equal(left, right, err_msg=name)
     assert a.centroids.tobytes() == b.centroids.tobytes()

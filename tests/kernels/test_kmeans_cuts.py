@@ -12,7 +12,7 @@ import pytest
 from coincide_jax.kernels import kmeans
 from coincide_jax.kernels.kmeans import exact, products, seeding, sketch, sweep, tiles
 
-RESULT = ("centroids", "assignment", "objective", "imbalance", "empties", "moved", "iterations")
+RESULT = ("centroids", "assignment", "objective", "updated", "imbalance", "empties", "moved", "iterations")
 STREAMED = 30_000  # bytes, less than any array here
 
 
@@ -198,20 +198,70 @@ def test_bounds_hold_for_every_score():
     x = (rng.normal(size=(64, 3000)) + 3).astype(np.float32)
     x = np.asarray(exact.grid(x / np.linalg.norm(x, axis=1, keepdims=True)))
     centroids = exact.unit(rng.normal(size=(16, 3000)) + 3)
-    offset = centroids.astype(np.float64) - centroids.astype(np.float64).mean(axis=0)
-    true = x.astype(np.float64) @ offset.T
-    radius = np.linalg.norm(offset, axis=1).max()
-    for dtype, block in ((jnp.float32, 1024), (jnp.float32, 2048), (jnp.bfloat16, 4096), (jnp.float16, 2048)):
-        rows, directions = jnp.asarray(x).astype(dtype), jnp.asarray(offset.astype(np.float32)).astype(dtype)
+    norms = np.linalg.norm(x.astype(np.float64), axis=1)
+    own, order = np.arange(64, dtype=np.int32) % 16, np.arange(16, dtype=np.int32)
+    for dtype in ("float32", "bfloat16", "float16"):
+        with devices(1), jax.enable_x64(True):
+            mean, single, fast = products.directions(jnp.asarray(centroids), jnp.dtype(dtype))
+            told = products.prepare(jnp.asarray(centroids), jnp.asarray(centroids), mean, single, fast)
+        assert [len(parts) for parts in (single, fast)] == [3, -(-3000 // products.FAST[dtype])]
+        (radius, rounded, cast), moved = jax.device_get(told)
+        assert not moved.any()
+        offset = centroids.astype(np.float64) - np.asarray(mean, np.float64)
+        true = x.astype(np.float64) @ offset.T
+        rows = jnp.asarray(x).astype(dtype)
         lost = np.linalg.norm(x - np.asarray(rows, np.float64), axis=1)
-        far = np.linalg.norm(offset - np.asarray(directions, np.float64), axis=1).max()
-        norms = np.linalg.norm(x.astype(np.float64), axis=1)
-        bound = norms * far + (radius + far) * (lost + products.accumulation(3000, block) * (norms + lost))
-        error = np.abs(np.asarray(products._product(rows, products.blocked(directions, block)), np.float64) - true).max(
-            axis=1
+        for parts, far, of, away, block in (
+            (fast, cast, rows, lost, products.FAST[dtype]),
+            (single, rounded, jnp.asarray(x), 0.0, products.SINGLE),
+        ):
+            whole = np.concatenate([np.asarray(part, np.float64) for part in parts], axis=1)
+            assert (
+                far >= np.linalg.norm(offset - whole, axis=1).max() and radius >= np.linalg.norm(offset, axis=1).max()
+            )
+            bound = norms * far + (radius + far) * (away + products.accumulation(3000, block) * (norms + away))
+            error = np.abs(np.asarray(products._product(of, parts), np.float64) - true).max(axis=1)
+            assert np.all(error <= bound)
+            assert np.max(error) > 2.0**-30, "these rows show no rounding"
+        with devices(1):
+            by_rows = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(products.AXES))
+            lists = (tiles.put(part, by_rows) for part in (np.asarray(rows), x, np.arange(64, dtype=np.int32), own))
+            found = products.against(*lists, fast, single, jnp.asarray(order), 16)
+        error = np.abs(np.asarray(found[3], np.float64) - true[np.arange(64), own])
+        assert np.all(
+            error <= norms * rounded + (radius + rounded) * products.accumulation(3000, products.SINGLE) * norms
         )
-        assert np.all(error <= bound)
-        assert np.max(error) > 2.0**-30, "these rows show no rounding"
+
+
+def test_contractions_of_many_blocks_change_nothing(monkeypatch):
+    x = drawn(rows=400, width=130)
+    wanted = [fit(x, k=k, product="float32", chunk=400) for k in (2, 17)]
+    monkeypatch.setattr(products, "FAST", {"float32": 64, "float16": 64, "bfloat16": 96})
+    monkeypatch.setattr(products, "SINGLE", 32)
+    jax.clear_caches()  # the lengths of the blocks are constants of the compiled programs
+    for product, count in (("float32", 1), ("bfloat16", 2), ("float16", 3)):
+        for k, expected in zip((2, 17), wanted, strict=True):
+            same(expected, fit(x, k=k, product=product, count=count, chunk=150))
+    jax.clear_caches()
+
+
+def test_sums_of_more_rows_than_a_limb_holds():
+    x = np.zeros((6000, 4), np.float32)
+    x[:, 0], x[:, 1] = 1.0, -(2.0**-24)
+    found = fit(x, k=1, chunk=6000, iterations=2)
+    np.testing.assert_array_equal(found.centroids[0] * 2.0**24, [2.0**24, -1.0, 0.0, 0.0])
+
+
+def test_a_tolerance_stops_late_enough_and_alike_after_a_stop():
+    x, states = drawn(spread=0.6), []
+    whole = fit(x)
+    early = fit(x, tolerance=5e-4, on_state=states.append)
+    assert early.iterations < whole.iterations and whole.objective[-1] < early.updated[-1] * 1.002
+    same(early, fit(x, tolerance=5e-4, resume=states[len(states) // 2], count=2, chunk=100))
+    # four copies of ten converged centroids: the objective stands still where thirty clusters have just restarted
+    copies = np.repeat(fit(x, k=10).centroids, 4, axis=0)
+    restarted = fit(x, k=40, init=copies, tolerance=5e-4)
+    assert restarted.empties[0] == 30 and restarted.updated[-1] > 1.05 * restarted.objective[0]
 
 
 def test_ordered_lengths_are_those_of_numpy():

@@ -12,7 +12,7 @@ from random rows). Three things make the result independent of how, where and ho
 
 Memory: on the devices the features when they fit (f[N, D] as stored and once more in the fast type, where that is
 another), else three tiles; `chunk · K` float32 scores, and about `80 · K · D` bytes on each device at most. On the
-host: three tiles, the centroids, about 60 bytes a row and some 60 more while a pass is planned.
+host: three tiles, the centroids, 28 bytes a row and 4 more in a pass.
 """
 
 import time
@@ -108,8 +108,8 @@ def fit(
       init: 'random' (distinct rows), 'k-means++' ('k-means||' when streamed), 'k-means||', or f32[K, D].
       memory: bytes for features on all devices, above which they are streamed; 0 = what they have (4 GiB on CPUs).
       product: 'auto', 'float32', 'bfloat16' or 'float16': the type of the fast products. The result is the same.
-      tolerance: stop when an iteration raises the objective by less than this share, or an update by half of it (which
-        shows a pass earlier; new labels seldom win more than the update before them); None: when no row moves.
+      tolerance: stop when an iteration raises the objective by less than this share, or an update, of which no cluster
+        came out empty, by less than half of it (which shows a pass earlier); None: when no row moves.
       on_iteration: called after each pass with {iteration, objective, …}, the names of `HISTORY`.
       on_state: called with the `State` after every `state_every` iterations.
       resume: where an earlier call with the same arguments stood.
@@ -162,13 +162,15 @@ def fit(
 
 def _ended(history: list[tuple], tolerance: float | None) -> bool:
     """Whether no row moved, or the objective hardly did."""
-    objective, updated, *_ = history[-1]
-    if history[-1][MOVED] == 0:
+    last = dict(zip(HISTORY, history[-1], strict=True))
+    if last["moved"] == 0:
         return True
     if tolerance is None:
         return False
-    little = len(history) > 1 and objective < history[-2][0] * (1 + tolerance)
-    return little or updated < objective * (1 + tolerance / 2)
+    if len(history) > 1 and last["objective"] < history[-2][0] * (1 + tolerance):
+        return True
+    # a cluster that has just restarted will win what `updated` does not know of
+    return last["empties"] == 0 and last["updated"] < last["objective"] * (1 + tolerance / 2)
 
 
 def assign(

@@ -16,7 +16,7 @@ AXES = ("data", "model")  # the rows of a tile are shared by all devices
 FAST = {"float32": 2048, "float16": 2048, "bfloat16": 4096}  # in bfloat16 the operands' rounding is far larger
 SINGLE = 1024  # of rows that are repeated in float32
 LIMB = 20  # bits of the low limb
-LOOSE = 2**11 - 2  # rows that may be added to a low limb before its carry is taken out
+LOOSE = 2**11 - 1  # rows that may be added to a low limb before its carry is taken out
 LANES = 128
 ROUNDING = 2.0**-24
 EXACT = 16.0  # squared length of a float16 row below which any order of summation is exact in float64
@@ -49,7 +49,7 @@ def blocked(array, block: int) -> tuple:
 
 def _columns(x, directions):
     """x f[..., D] cut as directions are: tuple of f[..., d]."""
-    ends = [0, *itertools.accumulate(part.shape[1] for part in directions)]
+    ends = [0, *itertools.accumulate(part.shape[-1] for part in directions)]
     return tuple(x[..., begin:end] for begin, end in itertools.pairwise(ends))
 
 
@@ -282,8 +282,8 @@ def prepare(centroids, previous, mean, single, fast):
         offset = wide - mean.astype(jnp.float64)
 
         def rounded(parts):
-            pairs = zip(_columns(offset[None], parts), parts, strict=True)
-            return sum(jnp.sum((whole[0] - part[0].astype(jnp.float64)) ** 2) for whole, part in pairs)
+            pairs = zip(_columns(offset, parts), parts, strict=True)
+            return sum(jnp.sum((whole - part.astype(jnp.float64)) ** 2) for whole, part in pairs)
 
         moved = wide - previous.astype(jnp.float64)
         squares = jnp.sum(offset * offset), rounded(single), rounded(fast), jnp.sum(moved * moved)
@@ -295,7 +295,6 @@ def prepare(centroids, previous, mean, single, fast):
 
     def local(*arrays):
         centroids, previous, mean, single, fast = arrays
-        single, fast = (tuple(part[:, None] for part in parts) for parts in (single, fast))
         whole = jax.vmap(lengths, (0, 0, 0, 0, None))
         rows = centroids, previous, single, fast, mean
         found = jax.lax.platform_dependent(*rows, cpu=in_cache, default=whole)

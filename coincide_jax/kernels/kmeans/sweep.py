@@ -10,9 +10,9 @@ they differ by more than twice
 
 x̃ the row and d̃ a direction (centroid less the mean) in the fast type, r the longest direction, e_d = max ‖d̃ − d‖, both
 measured, and a `products.accumulation`. (Scores of the own centroid, where it is met apart, are of float32 products,
-whose bound is no larger.) Rows within it are repeated in float32 (x̃ = x, a smaller e_d), rows within float32's own
-bound in float64, and what float64 products cannot order is summed in one order on the host: the label is always the one
-that `exact` defines, whatever was skipped, on any device, with tiles of any size.
+whose bound is no larger for D below 2^20.) Rows within it are repeated in float32 (x̃ = x, a smaller e_d), rows within
+float32's own bound in float64, and what float64 products cannot order is summed in one order on the host: the label is
+always the one that `exact` defines, whatever was skipped, on any device, with tiles of any size.
 """
 
 import jax
@@ -164,7 +164,7 @@ class Sweeper:
         labels[labels < 0] = 0  # rows of length zero
         changed = np.flatnonzero(labels != before)
         if with_sums:
-            rows = np.arange(stop - start) if fresh else changed
+            rows = np.argsort(labels, kind="stable") if fresh else changed  # rows of a cluster find its sum in cache
             jax.block_until_ready(self.limbs)  # those of the tile before: else up to 32 calls keep their tiles on CPUs
             for places, local in self.tiles.blocks(rows):
                 own = places >= 0

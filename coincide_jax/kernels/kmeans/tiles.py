@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -154,19 +155,15 @@ class Tiles:
                 self.on_tile(what, turn * len(order) + done + 1, turns * len(order))
 
     def _loaded(self, order: np.ndarray) -> Iterator[tuple]:
-        if self.resident:
-            for tile in order:
-                if self.kept[tile] is None:
-                    self.kept[tile] = self.load(tile)
-                yield int(tile), *self.kept[tile]
-            return
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             ahead = None
-            for position, tile in enumerate(order):
-                now = ahead.result() if ahead else self.load(int(tile))
-                following = order[position + 1 : position + 2]
-                ahead = reader.submit(self.load, int(following[0])) if len(following) else None
-                yield int(tile), *now
+            for tile, following in itertools.zip_longest(map(int, order), map(int, order[1:])):
+                now = self.kept[tile] or (ahead.result() if ahead else self.load(tile))
+                if self.resident:
+                    self.kept[tile] = now
+                wanted = following is not None and self.kept[following] is None
+                ahead = reader.submit(self.load, following) if wanted else None
+                yield tile, *now
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Cuts rows of a tile, i[n], into calls: (places i[S·B] in `rows` or -1, rows within their device i32[S·B])."""
