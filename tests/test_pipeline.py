@@ -6,6 +6,7 @@ import shutil
 import time
 
 import command
+import jax
 import numpy as np
 import pytest
 
@@ -191,3 +192,14 @@ def test_the_table_of_the_demo_has_learned_half_of_its_tasks(tmp_path):
     table = artifacts.read_json(tmp_path / "report" / "table.json")
     assert len(table["tasks"]) == 12 and len(table["counted"]) >= 6
     assert table["sentence"] == "" and all(row["seeds"] >= 3 for row in table["rows"].values())
+
+
+def test_programs_are_let_go_when_there_are_many(monkeypatch):
+    double = jax.jit(lambda x: 2 * x)
+    double(np.float32(1))
+    pipeline.let_programs_go()
+    assert double._cache_size() == 1
+    monkeypatch.setattr(pipeline, "MAPPINGS", 0)
+    pipeline.let_programs_go()
+    assert double._cache_size() == (0 if pathlib.Path("/proc/self/maps").exists() else 1)
+    assert double(np.float32(1)) == 2

@@ -15,6 +15,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from coincide_jax.core import artifacts, manifests
@@ -41,6 +42,7 @@ from coincide_jax.report import audits
 __all__ = ["NAMES", "SHARED", "STAGES", "WARMUP", "arrays_only", "check", "flatten", "needed", "reads", "run", "subset"]
 
 Path = pathlib.Path
+MAPPINGS = 20_000  # of this process, above which compiled programs are let go between rows
 
 
 @contextlib.contextmanager
@@ -62,6 +64,14 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
+def let_programs_go() -> None:
+    """Drops the programs of earlier rows when there are very many. Each takes some memory mappings, of which Linux
+    gives a process 65,530; one that runs out of them dies inside XLA, without a word. (26 rows of samplers: 34,000.)"""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+
+
 def run_row(
     config, workdir: Path, mesh, *, shared: dict[str, Path], names: Sequence[str], force: str | None, command
 ) -> dict[str, Path]:
@@ -74,6 +84,7 @@ def run_row(
     Returns:
       Stage → folder of every complete stage.
     """
+    let_programs_go()
     folders = dict(shared)
     last = max(NAMES.index(name) for name in names)
     for position, stage in enumerate(STAGES):
