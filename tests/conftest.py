@@ -20,10 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="module", autouse=True)
 def few_mappings():
-    """Programs of earlier files are let go: each takes some memory mappings, of which Linux gives a process 65,530.
-
-    A worker that runs out of them dies inside XLA, without a word.
-    """
+    """Programs of earlier files are let go, for the reason that `pipeline.let_programs_go` has."""
     yield
     jax.clear_caches()
 

@@ -180,7 +180,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
         say(
             "train",
             f"'{settings.name}' hardly moved: no probability changed by more than {100 * summary['moved']:.1f} % of "
-            f"1/{draw.arms}; a larger curriculum.eta, fewer arms by curriculum.k or more steps let it choose",
+            f"1/{draw.arms}; more steps, shorter rounds (curriculum.round_steps), fewer arms (curriculum.k) or, for "
+            "samplers that have one, a larger curriculum.eta let it choose",
         )
     say("train", f"model {out / 'model'} · Hugging Face files {out / 'export'}")
     more |= {"start": begun, "fingerprint": checkpoint.fingerprint(params)}

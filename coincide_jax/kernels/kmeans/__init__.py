@@ -31,9 +31,21 @@ from coincide_jax.kernels.kmeans.tiles import OnTile, RowError, Tiles, fast_dtyp
 __all__ = [
     "HISTORY", "INITS", "LARGEST", "KMeansResult", "RowError", "State", "assign", "cosines", "fit", "lay_out", "members"
 ]  # fmt: skip
-HISTORY = ("objective", "updated", "imbalance", "empties", "moved", "work", "seconds")
 
-MOVED = HISTORY.index("moved")
+
+class Iteration(NamedTuple):
+    """What is kept of one iteration; `KMeansResult` says what each is."""
+
+    objective: float
+    updated: float
+    imbalance: float
+    empties: int
+    moved: int
+    work: float
+    seconds: float
+
+
+HISTORY = Iteration._fields
 
 
 class KMeansResult(NamedTuple):
@@ -133,7 +145,7 @@ def fit(
     else:
         first = unit(init)
     centroids, previous = put(first, tiles.whole), None
-    history = [] if resume is None else [tuple(line) for line in resume.history]
+    history = [] if resume is None else [Iteration(*line) for line in resume.history]
     while len(history) < iterations and not (history and _ended(history, tolerance)):
         begin = time.perf_counter()
         moved = sweeper.run(centroids, previous)
@@ -147,12 +159,13 @@ def fit(
             following = seeding.reseed(features, sweeper.norms, sweeper.assignment, sizes, lengths, settled[0])
             centroids, previous = following, centroids
         seconds = time.perf_counter() - begin
-        history.append((objective, updated, imbalance, int(np.sum(sizes == 0)), moved, sweeper.work, seconds))
+        empties = int(np.sum(sizes == 0))
+        history.append(Iteration(objective, updated, imbalance, empties, moved, sweeper.work, seconds))
         if on_iteration:
-            on_iteration({"iteration": len(history), **dict(zip(HISTORY, history[-1], strict=True))})
+            on_iteration({"iteration": len(history), **history[-1]._asdict()})
         if on_state and len(history) % state_every == 0:
             on_state(State.of(centroids, sweeper.assignment, history))
-    if not history or history[-1][MOVED] > 0:
+    if not history or history[-1].moved > 0:
         sweeper.run(centroids, previous, with_sums=False)
     columns = list(zip(*history, strict=True)) or [()] * len(HISTORY)
     kinds = (np.float64, np.float64, np.float64, np.int32, np.int32, np.float64, np.float64)
@@ -160,17 +173,17 @@ def fit(
     return KMeansResult(np.array(centroids), sweeper.assignment, *arrays, len(history), tiles.resident)
 
 
-def _ended(history: list[tuple], tolerance: float | None) -> bool:
+def _ended(history: list[Iteration], tolerance: float | None) -> bool:
     """Whether no row moved, or the objective hardly did."""
-    last = dict(zip(HISTORY, history[-1], strict=True))
-    if last["moved"] == 0:
+    last = history[-1]
+    if last.moved == 0:
         return True
     if tolerance is None:
         return False
-    if len(history) > 1 and last["objective"] < history[-2][0] * (1 + tolerance):
+    if len(history) > 1 and last.objective < history[-2].objective * (1 + tolerance):
         return True
     # a cluster that has just restarted will win what `updated` does not know of
-    return last["empties"] == 0 and last["updated"] < last["objective"] * (1 + tolerance / 2)
+    return last.empties == 0 and last.updated < last.objective * (1 + tolerance / 2)
 
 
 def assign(
