@@ -3,6 +3,7 @@
 python -m coincide_jax.main --config=FILE [--workdir=DIR] [--config.KEY=VALUE …] [--stages=a,b] [--force=STAGE]
 python -m coincide_jax.main --config=FILE --plan                                   what each stage takes, nothing is run
 python -m coincide_jax.main --config=FILE --plan_devices=1xH100-80GB,4xV100-32GB    the same on other devices
+python -m coincide_jax.main --config=FILE --coordinator=HOST:PORT --processes=4 --process=0    one of several processes
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from coincide_jax import pipeline, plan
-from coincide_jax.core import axes
+from coincide_jax.core import axes, processes
 from coincide_jax.core.errors import UserError, nearest, unknown
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `configs/demo.py` or `configs/demo.py:table`.")
@@ -28,6 +29,11 @@ FORCE = flags.DEFINE_string("force", None, "Run this stage and all after it agai
 TABLE = flags.DEFINE_bool("table", True, "Run every row of the config's table; --notable: the config as one run.")
 PLAN = flags.DEFINE_bool("plan", False, "Print what each stage takes on the devices present; run nothing.")
 PLAN_DEVICES = flags.DEFINE_list("plan_devices", [], "Print it for devices like 4xV100-32GB; run nothing.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "One of several processes: HOST:PORT of process 0, or auto (SLURM, Open MPI, TPU pods)."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; not with --coordinator=auto.")
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; not with --coordinator=auto.")
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
@@ -102,6 +108,10 @@ def find_sweep(argv: Sequence[str]) -> tuple[Callable | None, str]:
 def main(argv: Sequence[str]) -> None:
     """Runs the pipeline of the parsed flags, or says what it would take."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    if COORDINATOR.value:
+        processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    elif PROCESSES.value is not None or PROCESS.value is not None:
+        raise UserError("--processes and --process need --coordinator=HOST:PORT, the address of process 0")
     keep_memory()
     config = CONFIG.value
     if PLAN.value or PLAN_DEVICES.value:
@@ -160,7 +170,7 @@ def cli() -> None:
                 return action(argv)
             except UserError as error:
                 print(f"coincide: {error}", file=sys.stderr)
-                sys.exit(2)
+                processes.leave(2)
 
         return call
 

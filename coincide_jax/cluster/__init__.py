@@ -89,10 +89,10 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh) -> dic
     artifacts.write_json(out / "history.json", history | {"dropped": dropped})
     artifacts.write_json(out / "quality.json", quality)
     artifacts.write_parquet(out / "audit.parquet", columns)
-    (out / GIVEN).unlink(missing_ok=True)
+    artifacts.remove(out / GIVEN)
     if keys.centroids and dropped:
         artifacts.write_npy(out / GIVEN, full.astype(np.int64))
-    (out / centres.STATE).unlink(missing_ok=True)
+    artifacts.remove(out / centres.STATE)
     if dropped:
         say("cluster", f"{dropped} clusters had no record and were dropped")
     audit.tell(quality, len(centroids), len(rows))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, processes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.core.store import Rows
@@ -193,6 +193,8 @@ def _note(at: dict, rows: int) -> str:
 
 def _save(path: pathlib.Path, state: kmeans.State) -> None:
     """Writes the state, and behind it the SHA-256 of what stands before."""
+    if not processes.leads():
+        return
     with artifacts.atomic(path) as temporary, open(temporary, "w+b") as file:
         np.savez(file, **state._asdict())
         file.seek(0)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorstore as ts
 
+from coincide_jax.core import processes
 from coincide_jax.core.errors import UserError
 
 SHARD_ROWS = 4096
@@ -27,13 +28,18 @@ HASHED_BYTES = 2 << 30  # what comes from outside is hashed up to this size
 
 
 @contextlib.contextmanager
-def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def atomic(path: pathlib.Path, *, each: bool = False) -> Iterator[pathlib.Path]:
     """Yields a temporary name beside `path`; what was written there takes the name `path` when the block ends well.
+    Of several processes only the one that leads has a name to write to, the others write into nothing; with `each`
+    every process writes a file of its own.
 
     Raises:
       UserError: it cannot be written, for want of room or of rights; nothing of it stays.
     """
     path = pathlib.Path(path)
+    if not (each or processes.leads()):
+        yield pathlib.Path(os.devnull)
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +98,13 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
 
 
 def append_jsonl(path: pathlib.Path, lines: Sequence[dict]) -> None:
-    """Adds lines to a JSON-lines file, on disk when it returns.
+    """Adds lines to a JSON-lines file, on disk when it returns; of several processes the one that leads does.
 
     Raises:
       UserError: they cannot be written; half a line may stay, which readers leave out.
     """
+    if not processes.leads():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
@@ -109,7 +117,7 @@ def append_jsonl(path: pathlib.Path, lines: Sequence[dict]) -> None:
 
 def cut_jsonl(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
     """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
-    if not path.exists():
+    if not processes.leads() or not path.exists():
         return
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     write_text(path, "".join(line for line in whole if keep(json.loads(line))))
@@ -138,6 +146,12 @@ def read_parquet(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads a parquet file as `{column: array}`."""
     table = pq.read_table(path)
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def remove(path: pathlib.Path) -> None:
+    """Deletes a file if it is there; of several processes the one that leads does."""
+    if processes.leads():
+        path.unlink(missing_ok=True)
 
 
 def digest(path: pathlib.Path) -> str:

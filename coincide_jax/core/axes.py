@@ -78,7 +78,37 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     count, devices = len(next(iter(batch.values()))), mesh.shape["data"]
     if count % devices:
         raise UserError(f"a batch has {count} rows; expected a multiple of the {devices} devices that share them")
-    return jax.device_put(batch, batch_sharding(mesh))
+    return put(batch, batch_sharding(mesh))
+
+
+def put(tree, sharding: NamedSharding):
+    """Moves arrays that every process has to the devices, each process the parts that lie on its own."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(array) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(one, tree)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole array on the host, of every process; all of them call it."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        array = jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, jax.P()))(array)
+    return np.asarray(jax.device_get(array))
+
+
+def own(mesh: Mesh) -> Mesh:
+    """A mesh like it over this process's devices, for records that the processes share out among themselves.
+
+    Raises:
+      UserError: the process has too few devices for one copy of a layer.
+    """
+    if jax.process_count() == 1:
+        return mesh
+    return make_mesh(mesh.shape["model"], jax.local_devices())
 
 
 def use(tree, dtype):

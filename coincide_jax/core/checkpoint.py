@@ -1,4 +1,4 @@
-"""Checkpoints of a train state, and folders that hold one model. The only file that imports Orbax.
+"""Checkpoints of a train state, and folders that hold one model, by Orbax.
 
 Orbax writes a step whole or not at all, but does not notice flipped bits in array data. Every leaf therefore carries
 a fingerprint that does not depend on how the leaf is laid out over devices; it is taken on the device before the
@@ -138,7 +138,7 @@ def save_model(folder: pathlib.Path, params, model: dict, tokenizer: pathlib.Pat
     """
     folder = pathlib.Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.json").unlink(missing_ok=True)
+    artifacts.remove(folder / "model.json")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params, force=True)
     artifacts.write_json(folder / "fingerprints.json", fingerprints(params))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, processes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import say
 
@@ -63,17 +63,38 @@ def verify(folder: pathlib.Path, wanted: dict) -> None:
             raise UserError(f"{folder / file} is missing or was changed; {remedy}")
 
 
-def run(folder: pathlib.Path, wanted: dict, action: Callable[[], dict], *, force: bool, command: Sequence[str]) -> None:
+def run(
+    folder: pathlib.Path,
+    wanted: dict,
+    action: Callable[[], dict],
+    *,
+    force: bool,
+    command: Sequence[str],
+    alone: bool = False,
+) -> None:
     """Runs `action`, which fills the folder and returns summary numbers, unless the stage is complete.
 
     Args:
       wanted: stage, version, config, inputs: what is compared.
       force: delete what is there and run again.
       command: recorded.
+      alone: of several processes the one that leads runs it, while the others wait.
 
     Raises:
       UserError: the folder is not one of ours; it is complete or begun with another config or from other inputs.
     """
+    attempts = processes.led(lambda: _begin(folder, wanted, force))
+    if not attempts:
+        return
+    recorded, begin = provenance(command), time.time()
+    summary = (processes.led(action) if alone else action()) or {}
+    recorded |= {"seconds": round(time.time() - begin, 2), "began": begin, "attempts": attempts}
+    processes.together()  # all have written what they write
+    processes.led(lambda: _end(folder, wanted, summary, recorded))
+
+
+def _begin(folder: pathlib.Path, wanted: dict, force: bool) -> int:
+    """Looks at what is there, and notes that the stage has begun, for which time; 0 if it is complete."""
     name = wanted["stage"]
     ours = complete(folder) or (folder / STARTED).is_file()
     # names with a dot are ours: half-written files of a run killed before `started.json` had its name
@@ -85,7 +106,7 @@ def run(folder: pathlib.Path, wanted: dict, action: Callable[[], dict], *, force
         verify(folder, wanted)
         (folder / STARTED).unlink(missing_ok=True)  # left by a kill in the very last moment
         say(name, f"complete · {folder}")
-        return
+        return 0
     attempts, going_on = 1, ""
     if (folder / STARTED).is_file():
         started = artifacts.read_json(folder / STARTED)
@@ -97,16 +118,17 @@ def run(folder: pathlib.Path, wanted: dict, action: Callable[[], dict], *, force
         going_on = f" · attempt {attempts}, going on from what is there"
     artifacts.write_json(folder / STARTED, wanted | {"attempts": attempts})
     say(name, f"begins · {folder}{going_on}")
-    recorded, begin = provenance(command), time.time()
-    summary = action() or {}
-    seconds = time.time() - begin
+    return attempts
+
+
+def _end(folder: pathlib.Path, wanted: dict, summary: dict, recorded: dict) -> None:
+    """Writes the manifest of a stage that has run."""
     outputs = contents(folder)
     made = hashlib.sha256(json.dumps([wanted, outputs], sort_keys=True).encode()).hexdigest()
-    recorded |= {"seconds": round(seconds, 2), "began": begin, "attempts": attempts}
     ended = wanted | {"identity": made, "summary": summary, "outputs": outputs, "recorded": recorded}
     artifacts.write_json(folder / MANIFEST, ended)
     (folder / STARTED).unlink()
-    say(name, f"done in {seconds:.1f} s")
+    say(wanted["stage"], f"done in {recorded['seconds']:.1f} s")
 
 
 def contents(folder: pathlib.Path) -> dict[str, list]:
@@ -130,5 +152,6 @@ def provenance(command: Sequence[str]) -> dict:
         "versions": {name: importlib.metadata.version(name) for name in RECORDED},
         "revision": revision or "unknown",
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "command": list(command),
     }

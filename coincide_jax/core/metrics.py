@@ -1,12 +1,14 @@
 """What a run tells while it works: lines on the screen, progress with time left, JSON lines and events on disk."""
 
 import json
+import os
 import pathlib
 import sys
 import time
 
 import tqdm
 
+from coincide_jax.core import processes
 from coincide_jax.core.errors import UserError
 
 LOG_EVERY_SECONDS = 10.0  # one line this often when the output is no terminal
@@ -15,7 +17,9 @@ MEASURED = ("seconds", "tokens_per_second", "data_wait", "mfu", "device_memory_m
 
 
 def say(stage: str, text: str) -> None:
-    """Prints one line of a stage; safe beside a progress bar."""
+    """Prints one line of a stage; safe beside a progress bar. Of several processes the one that leads does."""
+    if not processes.leads():
+        return
     tqdm.tqdm.write(f"[{stage}] {text}", file=sys.stdout)
     sys.stdout.flush()
 
@@ -28,7 +32,7 @@ class Progress:
     def __init__(self, stage: str, total: int, unit: str, first: int = 0):
         self.stage, self.total, self.unit, self.first = stage, total, unit, first
         self.done, self.begin, self.last = first, time.monotonic(), time.monotonic()
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and processes.leads()
         self.bar = tqdm.tqdm(
             total=total, initial=first, unit=f" {unit}", desc=stage, disable=not self.terminal, leave=False
         )
@@ -55,11 +59,14 @@ class Progress:
 
 
 class JsonLines:
-    """Appends one JSON object a line; a line is on disk before the call returns."""
+    """Appends one JSON object a line; a line is on disk before the call returns. Of several processes the one that
+    leads writes."""
 
     def __init__(self, path: pathlib.Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.file = path, path.open("ab", buffering=0)  # nothing is left to be written when it is closed
+        if processes.leads():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        real = path if processes.leads() else pathlib.Path(os.devnull)
+        self.path, self.file = path, real.open("ab", buffering=0)  # nothing is left to be written when it is closed
 
     def write(self, **values) -> None:
         """Writes one line.

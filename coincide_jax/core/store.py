@@ -13,6 +13,7 @@ without `finished/`, made by another program, by its checksums alone.
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -128,7 +129,8 @@ class Writer:
         with _told(self.path), _lock(self.path, first):
             _mark(self.path, first).unlink(missing_ok=True)
             self._array[first : first + len(block)].write(np.asarray(block, np.float16)).result()
-            artifacts.write_json(_mark(self.path, first), {"first": first, "rows": len(block)})
+            with artifacts.atomic(_mark(self.path, first), each=True) as temporary:
+                temporary.write_text(json.dumps({"first": first, "rows": len(block)}), encoding="utf-8")
 
 
 def create(path: pathlib.Path, rows: int, width: int) -> Writer:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, processes
 from coincide_jax.core.errors import UserError
 from coincide_jax.dataset.source import Record, json_lines, read_text
 
@@ -113,6 +113,7 @@ class Annotator:
         artifacts.cut_jsonl(self.digests, lambda line: line["index"] in self.asked)
         lines = artifacts.read_jsonl(self.digests) if self.digests.exists() else ()
         self._read = {line["index"]: line["sha256"] for line in lines}
+        processes.together()  # all have read what the one that leads will add to
 
     def ask(self, rows: Sequence[int], purpose: str, steps: Sequence[int]) -> None:
         """Asks for the answers of records, each at its step; who was asked for before costs nothing.

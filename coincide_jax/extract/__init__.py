@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from coincide_jax.core import artifacts, axes
+from coincide_jax.core import artifacts, axes, processes
 from coincide_jax.core import store as stores
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
@@ -64,7 +64,14 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
     check(config)
     split = artifacts.read_json(inputs["dataset"] / "split.json")
     if config.extract.features:
-        return take_given(config.extract, split, inputs["dataset"], out)
+        return processes.led(functools.partial(take_given, config.extract, split, inputs["dataset"], out))
+    mesh = axes.own(mesh)  # shards are shared out among processes, each of which has the whole model
+    with jax.set_mesh(mesh):
+        return extract(config, inputs, split, out, mesh)
+
+
+def extract(config, inputs: dict[str, Path], split: dict, out: Path, mesh) -> dict:
+    """Features of the pool by the reference, see `run`."""
     names, precision = ("nll", "el2n", "aum") if config.extract.scores else (), config.device.precision
     blind, cfg = config.extract.reads == "questions", None
     if config.reference.path or not blind:
@@ -97,17 +104,20 @@ def run(config, inputs: dict[str, Path], out: Path, mesh) -> dict:
         data.withhold()
         told += " · questions alone"
     say("extract", f"{len(split['pool'])} records · {told} · D = {width}")
+    processes.led(lambda: stores.create(out / "features.zarr", split["n"], width).shape)  # else they race for it
     store = stores.create(out / "features.zarr", split["n"], width)
     pool_rows = np.asarray(split["pool"], np.int64)
-    with Progress("extract", len(pool_rows), "records") as progress:
-        for shard in range(0, split["n"], artifacts.SHARD_ROWS):
+    shards = processes.share(range(0, split["n"], artifacts.SHARD_ROWS))
+    members = {shard: pool_rows[pool_rows // artifacts.SHARD_ROWS == shard // artifacts.SHARD_ROWS] for shard in shards}
+    with Progress("extract", sum(map(len, members.values())), "records") as progress:
+        for shard, rows in members.items():
             part = out / "parts" / f"{shard:012d}.npz"
-            members = pool_rows[(pool_rows >= shard) & (pool_rows < shard + artifacts.SHARD_ROWS)]
             if not part.exists():
-                rows = config.extract.rows_per_device
-                write_shard(store, part, shard, members, data, compute, names, rows, mesh)
-            progress.advance(len(members))
-    return collect(out, split, data, names, inputs["dataset"], width, taps)
+                count = config.extract.rows_per_device
+                write_shard(store, part, shard, rows, data, compute, names, count, mesh)
+            progress.advance(len(rows))
+    processes.together()
+    return processes.led(lambda: collect(out, split, data, names, inputs["dataset"], width, taps))
 
 
 def tell_cuts(data: Dataset, pool: Sequence[int]) -> None:
@@ -140,7 +150,7 @@ def write_shard(store, part: Path, shard: int, members: np.ndarray, data, comput
         take(batch, result, shard, block, columns)
     store.write(shard, block)
     part.parent.mkdir(exist_ok=True)
-    with artifacts.atomic(part) as temporary, open(temporary, "wb") as file:
+    with artifacts.atomic(part, each=True) as temporary, open(temporary, "wb") as file:
         np.savez(file, **columns)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from coincide_jax.core import artifacts, manifests
+from coincide_jax.core import artifacts, manifests, processes
 from coincide_jax.core.errors import UserError, unknown
 from coincide_jax.core.keys import flatten, subset
 from coincide_jax.core.metrics import say
@@ -47,21 +47,27 @@ MAPPINGS = 20_000  # of this process, above which compiled programs are let go b
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the workdir by an OS lock that dies with the process."""
+    """Holds the workdir by an OS lock that dies with the process; of several processes the one that leads does."""
     with contextlib.ExitStack() as stack:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            handle = stack.enter_context(open(workdir / ".lock", "a+", encoding="utf-8"))
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            raise UserError(f"workdir {workdir} is in use by process {handle.read().strip() or '?'}") from error
-        except OSError as error:
-            raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+        processes.led(functools.partial(_lock, workdir, stack))
         yield
+
+
+def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
+    """Takes the lock, until the stack is closed."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (the stack closes it)
+        stack.callback(handle.close)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        raise UserError(f"workdir {workdir} is in use by process {handle.read().strip() or '?'}") from error
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
 
 
 def let_programs_go() -> None:
@@ -100,7 +106,8 @@ def run_row(
                 )
             again = force is not None and position >= NAMES.index(force)
             action = functools.partial(stage.run, subset(config, stage.keys), inputs, out, mesh)
-            manifests.run(out, expected(config, stage, inputs), action, force=again, command=command)
+            wanted = expected(config, stage, inputs)
+            manifests.run(out, wanted, action, force=again, command=command, alone=stage.alone)
         elif position < last and manifests.complete(out) and not missing:
             manifests.verify(out, expected(config, stage, inputs))
         if manifests.complete(out):
@@ -171,6 +178,7 @@ def run(
     Raises:
       UserError: unknown stage, workdir in use, not writable or made with another config, whatever a stage finds wrong.
     """
+    processes.join()
     for name in [*stages, *([force] if force else [])]:
         if name not in NAMES:
             raise unknown("stage", name, NAMES)
@@ -277,7 +285,9 @@ def finish(
     action = functools.partial(stage.run, subset(config, stage.keys), inputs, out, mesh, rows=trained, table=table)
     # a report is cheap and only shows what is there: one of another state is written anew without being asked
     stale = manifests.complete(out) and bool(manifests.difference(artifacts.read_json(out / "manifest.json"), wanted))
-    manifests.run(out, wanted, action, force=force or stale, command=command)
+    manifests.run(out, wanted, action, force=force or stale, command=command, alone=stage.alone)
+    if not processes.leads():
+        return
     print()
     for what, path in (("coreset", "select/coreset.json"), ("model", "train/model"), ("report", "report/report.html")):
         if (workdir / path).exists():

@@ -17,13 +17,15 @@ Path = pathlib.Path
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: its function, the config keys it may read, the stages whose folders it is handed."""
+    """One stage: its function, the config keys it may read, the stages whose folders it is handed, and whether of
+    several processes the one that leads runs it alone."""
 
     name: str
     run: Callable
     keys: tuple[str, ...]
     version: int
     inputs: tuple[str, ...] = ()
+    alone: bool = False
 
 
 WARMUP = ("cluster/warmup", "select/warmup")
@@ -33,14 +35,28 @@ KINDS = training.Kinds(curriculum.ONE_ARM, curriculum.OFFLINE, curriculum.OF_TAS
 
 
 STAGES = (
-    Stage("dataset", dataset.run, dataset.KEYS, dataset.STAGE_VERSION),
+    Stage("dataset", dataset.run, dataset.KEYS, dataset.STAGE_VERSION, alone=True),
     Stage("base", training.run_base, training.BASE_KEYS, training.STAGE_VERSION, ("dataset",)),
     Stage("reference", training.run_reference, training.REFERENCE_KEYS, training.STAGE_VERSION, ("dataset", "base")),
     Stage("extract", extract.run, extract.KEYS, extract.STAGE_VERSION, ("dataset", "base", "reference")),
     Stage("cluster", cluster.run, cluster.KEYS, cluster.STAGE_VERSION, FEATURES),
-    Stage("select", selection.run, selection.KEYS, selection.STAGE_VERSION, ("dataset", "extract", "cluster", "match")),
+    Stage(
+        "select",
+        selection.run,
+        selection.KEYS,
+        selection.STAGE_VERSION,
+        ("dataset", "extract", "cluster", "match"),
+        alone=True,
+    ),
     Stage(WARMUP[0], cluster.run_warmup, cluster.WARMUP_KEYS, cluster.STAGE_VERSION, FEATURES),
-    Stage(WARMUP[1], selection.run_warmup, selection.WARMUP_KEYS, selection.STAGE_VERSION, (*FEATURES, WARMUP[0])),
+    Stage(
+        WARMUP[1],
+        selection.run_warmup,
+        selection.WARMUP_KEYS,
+        selection.STAGE_VERSION,
+        (*FEATURES, WARMUP[0]),
+        alone=True,
+    ),
     Stage(
         "train",
         functools.partial(training.run, prepare=curriculum.prepare, kinds=KINDS),
@@ -49,7 +65,7 @@ STAGES = (
         ("dataset", "base", "extract", "cluster", "select", WARMUP[1], "match"),
     ),
     Stage("evaluate", evaluation.run, evaluation.KEYS, evaluation.STAGE_VERSION, ("dataset", "train")),
-    Stage("report", report.run, report.KEYS, report.STAGE_VERSION),
+    Stage("report", report.run, report.KEYS, report.STAGE_VERSION, alone=True),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 SHARED = ("dataset", "base", "reference", "extract", "cluster", *WARMUP)  # what rows of the same settings share

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from coincide_jax.core import artifacts, axes, checkpoint, peaks
+from coincide_jax.core import artifacts, axes, checkpoint, peaks, processes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import batches
@@ -29,20 +30,30 @@ STOPPED = 143  # exit code after SIGTERM: 128 + 15
 
 class Termination:
     """Inside it SIGTERM does not kill: it sets `requested`, and the loop saves at the next step boundary. A request
-    that no loop answered ends the program when the block ends."""
+    that no loop answered ends the program when the block ends. Of several processes JAX hears the signal that any of
+    them gets, and they agree on the step."""
+
+    steps = itertools.count()  # asked about so far: the same number in every process
 
     def __init__(self):
         self.requested = False
 
     def __enter__(self) -> "Termination":
-        self.before = signal.signal(signal.SIGTERM, self._request)
+        self.before = None if jax.process_count() > 1 else signal.signal(signal.SIGTERM, self._request)
         return self
+
+    def heard(self) -> bool:
+        """Asked once a step: whether to save and end now."""
+        if jax.process_count() > 1:
+            self.requested |= multihost_utils.reached_preemption_sync_point(next(self.steps))
+        return self.requested
 
     def _request(self, *_) -> None:
         self.requested = True
 
     def __exit__(self, kind, *_) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
         if self.requested and kind is None:
             raise SystemExit(STOPPED)
 
@@ -124,21 +135,19 @@ def fit(
     steps, slots = recipe.length(total_records)
     arms = members["arms"]
     table = plan.members(members["records"], members["arm"], arms, members.get("rank"))
-    _claim(
-        out,
-        {
-            "start": checkpoint.fingerprint(params),
-            "records": hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in table)).hexdigest()[:16],
-            "steps": steps,
-            "slots": slots,
-            "round_steps": round_steps,
-            "lag": lag,
-            "seed": recipe.seed,
-            "mode": recipe.mode,
-            "packing": recipe.packing,
-            "precision": cfg.precision.compute,
-        },
-    )
+    identity = {
+        "start": checkpoint.fingerprint(params),
+        "records": hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in table)).hexdigest()[:16],
+        "steps": steps,
+        "slots": slots,
+        "round_steps": round_steps,
+        "lag": lag,
+        "seed": recipe.seed,
+        "mode": recipe.mode,
+        "packing": recipe.packing,
+        "precision": cfg.precision.compute,
+    }
+    processes.led(functools.partial(_claim, out, identity))
     whole = jax.NamedSharding(mesh, jax.P())
     trained, frozen = states.divide(params, cfg, recipe, jax.random.key(recipe.seed), mesh)
     scaled = cfg.precision.loss_scale
@@ -146,8 +155,8 @@ def fit(
     run = compiled.compile_steps(cfg, recipe, sampler)
     # nothing that a step takes is copied to the devices unasked
     rest = table, members.get("limit"), states.Schedule.of(recipe, steps), np.int32(slots)
-    table, limit, schedule, slots = jax.device_put(rest, whole)
-    on_devices = functools.cache(lambda number: jax.device_put(np.int32(number), whole))
+    table, limit, schedule, slots = axes.put(rest, whole)
+    on_devices = functools.cache(lambda number: axes.put(np.int32(number), whole))
     accumulator = jax.jit(compiled.empty, static_argnums=1)(state.params, recipe.batch)
     share = mesh.shape["data"]  # devices that share the rows of a batch
 
@@ -181,7 +190,7 @@ def fit(
             if first == 0:
                 values = log.arms.write(step, judge, objective if run.learn else None)
                 if run.learn:
-                    state = state.replace(sampler=run.learn(state.sampler, jax.device_put(values, whole)))
+                    state = state.replace(sampler=run.learn(state.sampler, axes.put(values, whole)))
                 log.measured()
             for drawn in range(0 if step == 0 else number + lag, number + lag + 1) if first == 0 else ():
                 state, p = run.draw(state, table, on_devices(drawn), slots, limit)
@@ -203,16 +212,18 @@ def fit(
                 step += 1
                 log.step(step, metrics, Work.of(micro_batches), arms_of[(step - 1) % round_steps])
                 progress.advance(1, log.note)
-                if step == steps or step % recipe.checkpoint_every == 0 or stop.requested:
+                stopped = stop.heard()
+                if step == steps or step % recipe.checkpoint_every == 0 or stopped:
                     log.flush(name)
                     checkpoints.save(step, state, {"steps": steps, "heard": log.arms.heard()})
-                if stop.requested and step < steps:
+                if stopped and step < steps:
                     checkpoints.wait()
                     say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
                     raise SystemExit(STOPPED)
             log.flush(name)
         log.arms.write(step, judge, None)
-    summary = _summary(out, state) | {"attention": attention, "peak": [peak, origin]}
+    told = jax.device_get((state.position, state.draws, state.scale))
+    summary = processes.led(functools.partial(_summary, out, *told)) | {"attention": attention, "peak": [peak, origin]}
     say(
         name,
         f"loss {summary['loss_first']:.3f} → {summary['loss']:.3f} (mean of the first and the last tenth of steps)",
@@ -236,12 +247,13 @@ def _round(state: states.TrainState, p: jax.Array) -> dict:
     }
 
 
-def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
-    lines, position = artifacts.read_jsonl(out / "metrics.jsonl"), state.position
+def _summary(out: pathlib.Path, position: plan.Position, draws: np.ndarray, scale) -> dict:
+    """Of what a run wrote, and of where it ended."""
+    lines = artifacts.read_jsonl(out / "metrics.jsonl")
     tenth = max(len(lines) // 10, 1)
     seconds = np.asarray([line["seconds"] for line in lines])
     waited = float(np.sum(seconds * [line["data_wait"] for line in lines]) / max(seconds.sum(), 1e-9))
-    scaled = {} if state.scale is None else {"skipped": sum(line["skipped"] for line in lines)}
+    scaled = {} if scale is None else {"skipped": sum(line["skipped"] for line in lines)}
     rounds = artifacts.read_jsonl(out / "curriculum.jsonl")
     return scaled | {
         "steps": len(lines),
@@ -250,12 +262,12 @@ def _summary(out: pathlib.Path, state: states.TrainState) -> dict:
         "loss_first": float(np.mean([line["loss"] for line in lines[:tenth]])),
         "loss": float(np.mean([line["loss"] for line in lines[-tenth:]])),
         "epochs": int(position.epoch),
-        "distinct": int(jax.device_get(position.kept if int(position.epoch) else position.cursor).sum()),
+        "distinct": int((position.kept if int(position.epoch) else position.cursor).sum()),
         # medians over the steps: the first ones hold the compilation
         "tokens_per_second": float(np.median([line["tokens_per_second"] for line in lines])),
         "mfu": float(np.median([line["mfu"] for line in lines])),
         "data_wait": round(waited, 4),
-        "arms_seen": int((jax.device_get(state.draws) > 0).sum()),
+        "arms_seen": int((draws > 0).sum()),
         "moved": moved(np.asarray([line["probabilities"] for line in rounds])),
     }
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coincide_jax.core import artifacts
+from coincide_jax.core import artifacts, processes
 from coincide_jax.core.metrics import say
 from coincide_jax.dataset import Dataset
 from coincide_jax.kernels import bandits
@@ -52,7 +52,7 @@ def learn(trial: Trial, names: Sequence[str], out: pathlib.Path) -> tuple[np.nda
     alone = [(task,) for task in range(len(names))]
     pairs = list(itertools.combinations(range(len(names)), 2)) if kind == "brute" else []
     cost = steps * (len(alone) + len(pairs))
-    if (out / "graph.npy").exists():
+    if processes.led((out / "graph.npy").exists):
         return np.load(out / "graph.npy"), cost
     say("train", f"the skill graph takes {len(alone) + len(pairs)} runs of {steps} steps")
     before = _losses(trial, trial.params) if kind == "linear" else None
@@ -60,10 +60,12 @@ def learn(trial: Trial, names: Sequence[str], out: pathlib.Path) -> tuple[np.nda
     for tasks in alone + pairs:
         name = "+".join(map(str, tasks))
         kept, run = out / "losses" / f"{name}.npy", out / "runs" / name
-        if not kept.exists():
+        if not processes.led(kept.exists):
             say("train", f"skill graph: {' and '.join(names[task] for task in tasks)}")
             artifacts.write_npy(kept, _losses(trial, _train(trial, tasks, run)))
-        shutil.rmtree(run, ignore_errors=True)
+        processes.together()  # the losses are written, and the run is no longer read
+        if processes.leads():
+            shutil.rmtree(run, ignore_errors=True)
         after[tasks] = np.load(kept)
     if kind == "linear":
         graph = linear(before, np.stack([after[tasks] for tasks in alone]))

@@ -302,7 +302,7 @@ def _arms(records: np.ndarray, config, inputs: dict[str, pathlib.Path], out: pat
     if len(filled) < clusters:
         artifacts.write_npy(out / "arms" / "assignment.npy", names)
     else:  # what an earlier run of other arms may have left
-        (out / "arms" / "assignment.npy").unlink(missing_ok=True)
+        artifacts.remove(out / "arms" / "assignment.npy")
     return arm, len(filled)
 
 
@@ -323,7 +323,6 @@ def _float32(params: dict) -> dict:
 
 def _export_adapter(cfg: VLMConfig, recipe: Recipe, base: pathlib.Path, out: pathlib.Path, trained: dict) -> None:
     """The adapters, not merged, and the projector as a PEFT folder."""
-    out.mkdir(exist_ok=True)
     settings = {"rank": recipe.rank, "alpha": recipe.alpha, "dropout": recipe.dropout, "targets": recipe.targets}
     try:
         hf.export_adapter(trained["lora"], cfg, out, **settings, base=str(base), projector=trained["projector"])

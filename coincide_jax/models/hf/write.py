@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from coincide_jax.core.artifacts import atomic, write_json
+from coincide_jax.core import processes
+from coincide_jax.core.artifacts import atomic, remove, write_json
+from coincide_jax.core.axes import fetch
 from coincide_jax.core.errors import UserError
 from coincide_jax.models import decoder, lora, vlm
 from coincide_jax.models.decoder import DecoderConfig
@@ -75,18 +77,16 @@ def export(params: dict, cfg: VLMConfig, out: pathlib.Path, *, image_token_id: i
             size = 0
         shards[-1].append(pair)
         size += bytes_
-    out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("model*.safetensors*"):
-        old.unlink()
+        remove(old)
     files = {}
     for number, shard in enumerate(shards):
         alone = len(shards) == 1
         name = "model.safetensors" if alone else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         found = {} if number else closing_norm(cfg)
         for leaf, array in shard:
-            found |= dict(to_source(leaf, np.asarray(jax.device_get(array))))
-        with atomic(out / name) as path:
-            save_file(found, path, metadata={"format": "pt"})
+            found |= dict(to_source(leaf, fetch(array)))
+        _write(out / name, found)
         files |= dict.fromkeys(found, name)
     if len(shards) > 1:
         total = 4 * sum(math.prod(leaf.shape) for leaf in leaves_of(cfg))
@@ -94,6 +94,13 @@ def export(params: dict, cfg: VLMConfig, out: pathlib.Path, *, image_token_id: i
     write_json(out / "config.json", config_json(cfg, image_token_id))
     image = {"image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std)}
     write_json(out / "preprocessor_config.json", preprocessor_json(cfg) | image)
+
+
+def _write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a .safetensors file whole; of several processes the one that leads does."""
+    if processes.leads():
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def config_json(cfg: VLMConfig, image_token_id: int) -> dict:
@@ -190,19 +197,18 @@ def export_adapter(
     tree = lora.abstract(cfg, rank, targets)
     found = {}
     for leaf, array in zip(jax.tree.leaves(tree, is_leaf=is_leaf), jax.tree.leaves(adapters), strict=True):
-        found |= dict(to_source(leaf, np.asarray(jax.device_get(array))))
+        found |= dict(to_source(leaf, fetch(array)))
     if projector is not None:
         own = jax.tree.leaves(vlm.abstract(cfg)["projector"], is_leaf=is_leaf)
         for leaf, array in zip(own, jax.tree.leaves(projector), strict=True):
-            found |= {f"base_model.model.{k}": v for k, v in to_source(leaf, np.asarray(jax.device_get(array)))}
+            found |= {f"base_model.model.{k}": v for k, v in to_source(leaf, fetch(array))}
     # in memory, transformers 5 has "model.language_model." where its files have "language_model.model."
     memory = ((decoder.SOURCE, "model.language_model"), ("model.multi_modal", "model.model.multi_modal"))
     for old, new in memory:
         found = {name.replace(old, new): array for name, array in found.items()}
     names = decoder.NAMES[cfg.decoder.family]
     tails = "|".join(names[name].rsplit(".", 1)[-1] for name in lora.choose_targets(cfg.decoder, targets))
-    with atomic(pathlib.Path(out) / "adapter_model.safetensors") as path:
-        save_file(found, path, metadata={"format": "pt"})
+    _write(pathlib.Path(out) / "adapter_model.safetensors", found)
     write_json(
         pathlib.Path(out) / "adapter_config.json",
         {
