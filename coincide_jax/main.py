@@ -166,11 +166,12 @@ def cli() -> None:
 
     def guarded(action: Callable):
         def call(argv):
-            try:
-                return action(argv)
-            except UserError as error:
-                print(f"coincide: {error}", file=sys.stderr)
-                processes.leave(2)
+            with processes.leaving():
+                try:
+                    return action(argv)
+                except UserError as error:
+                    print(f"coincide: {error}", file=sys.stderr)
+                    sys.exit(2)
 
         return call
 

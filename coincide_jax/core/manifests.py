@@ -98,7 +98,8 @@ def _begin(folder: pathlib.Path, wanted: dict, force: bool) -> int:
     name = wanted["stage"]
     ours = complete(folder) or (folder / STARTED).is_file()
     # names with a dot are ours: half-written files of a run killed before `started.json` had its name
-    if folder.exists() and not ours and any(not path.name.startswith(".") for path in folder.iterdir()):
+    strange = folder.is_file() or (folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()))
+    if strange and not ours:
         raise UserError(f"{folder} holds files that no stage made; take another --workdir")
     if force and folder.exists():
         shutil.rmtree(folder)

@@ -5,12 +5,14 @@ What happens outside the devices is done once: process 0 leads, it alone writes 
 the others must wait for what it finds, or fail with it, they do so in `led`. With one process all of this is nothing.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from orbax.checkpoint import multihost
@@ -21,6 +23,7 @@ FOREVER = 7 * 86_400_000  # ms that a process waits for another one; one that di
 HEARTBEAT = 60  # s without a sign of life after which a process counts as dead, and the others end too
 AUTO = "auto"  # the cluster's own words: SLURM, Open MPI, Kubernetes, TPU pods
 GRACE = 2.0  # s
+STOPPED = 143  # exit status after SIGTERM, which all have heard: 128 + 15
 
 _index, _count, _number = 0, 1, itertools.count()
 
@@ -54,16 +57,23 @@ def join() -> None:
     _index, _count = jax.process_index(), jax.process_count()
 
 
-def leave(status: int) -> None:
-    """Ends this process. One of several goes without the farewell that JAX says at exit, in which it would wait for
-    others that are waiting for it; those end too, as soon as they miss it."""
-    if _count == 1:
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if leads():
-        time.sleep(GRACE)  # the others end with process 0: time to say what they have to say
-    os._exit(status)
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """One of several processes that fails inside it ends without the farewell that JAX says at exit, in which it would
+    wait for others that are waiting for it. Those end too, as soon as they miss it."""
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, SystemExit)
+        if _count == 1 or (stopped and error.code == STOPPED):
+            raise
+        if not stopped:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if leads():
+            time.sleep(GRACE)  # the others end with process 0: time to say what they have to say
+        os._exit(error.code if stopped and isinstance(error.code, int) else 1)
 
 
 def leads() -> bool:
@@ -87,7 +97,7 @@ def led(action: Callable):
     """Runs `action` in process 0, while the others wait. Gives what it gave (as JSON holds it) to all.
 
     Raises:
-      UserError: in all of them, when it did in process 0.
+      UserError: in all of them, when it did in process 0; in the others, whatever else ended it there.
     """
     if _count == 1:
         return action()
@@ -99,8 +109,9 @@ def led(action: Callable):
         return told["result"]
     try:
         result = action()
-    except UserError as error:
-        client.key_value_set(key, json.dumps({"error": str(error)}))
+    except Exception as error:
+        told = str(error) if isinstance(error, UserError) else f"process 0 failed: {type(error).__name__}: {error}"
+        client.key_value_set(key, json.dumps({"error": told}))
         raise
     client.key_value_set(key, json.dumps({"result": result}))
     return result

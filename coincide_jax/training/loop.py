@@ -25,8 +25,6 @@ from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.log import Log, Work
 from coincide_jax.training.state import Recipe
 
-STOPPED = 143  # exit code after SIGTERM: 128 + 15
-
 
 class Termination:
     """Inside it SIGTERM does not kill: it sets `requested`, and the loop saves at the next step boundary. A request
@@ -55,7 +53,7 @@ class Termination:
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
         if self.requested and kind is None:
-            raise SystemExit(STOPPED)
+            raise SystemExit(processes.STOPPED)
 
 
 def _claim(out: pathlib.Path, identity: dict) -> None:
@@ -219,7 +217,7 @@ def fit(
                 if stopped and step < steps:
                     checkpoints.wait()
                     say(name, f"SIGTERM: saved at step {step} of {steps}; the same command goes on from here")
-                    raise SystemExit(STOPPED)
+                    raise SystemExit(processes.STOPPED)
             log.flush(name)
         log.arms.write(step, judge, None)
     told = jax.device_get((state.position, state.draws, state.scale))
