@@ -32,7 +32,7 @@ from benchmarks import record
 from coincide_jax.cluster.centres import POLISH
 from coincide_jax.core import axes
 from coincide_jax.kernels import kmeans
-from coincide_jax.kernels.kmeans import products, sketch, sweep, tiles
+from coincide_jax.kernels.kmeans import sketch, sweep, tiles
 
 PEERS = {
     "faiss": f"faiss {faiss.__version__} Kmeans(spherical=True), run to convergence, no sampling of rows",
@@ -129,24 +129,23 @@ class OnDevices:
 
     def on_devices(self, first: int, count: int, sharding) -> jax.Array:
         """The tile of `count` rows that begins with row `first`: f16[C, D]; rows after the last are zeros."""
-        mesh = sharding.mesh
+        mesh, shared, local = sharding.mesh, sharding.spec[0], sharding.shard_shape((count, 1))[0]
 
         def make(first):
             key = jax.random.fold_in(jax.random.key(self.seed), first)
-            key = jax.random.fold_in(key, jax.lax.axis_index(products.AXES))
-            local = count // mesh.size
+            key = jax.random.fold_in(key, jax.lax.axis_index(shared))
             kind = jax.random.randint(key, (local,), 0, self.kinds)
             centre = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(jax.random.key(self.seed), k),
                                                           (self.shape[1],), jnp.float16))(kind)  # fmt: skip
             x = centre + jax.random.normal(key, (local, self.shape[1]), jnp.float16)
             wide = x.astype(jnp.float32)
             wide = wide / jnp.sqrt(jnp.sum(wide * wide, axis=1, keepdims=True))
-            row = first + jax.lax.axis_index(products.AXES) * local + jnp.arange(local)
+            row = first + jax.lax.axis_index(shared) * local + jnp.arange(local)
             return jnp.where((row < self.shape[0])[:, None], wide, 0.0).astype(jnp.float16)
 
         if count not in self.held:
             self.held[count] = jax.jit(
-                jax.shard_map(make, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(products.AXES), check_vma=False)
+                jax.shard_map(make, mesh=mesh, in_specs=jax.P(), out_specs=sharding.spec, check_vma=False)
             )
         whole = jax.NamedSharding(mesh, jax.P())
         return self.held[count](jax.device_put(np.int32(first), whole))
@@ -227,7 +226,7 @@ def pass_share(keys) -> dict:
         centroids = kmeans.fit(x, keys.clusters, seed=keys.seed, iterations=2, chunk=size).centroids
         for product in ("float32", "bfloat16"):
             held = tiles.Tiles(x, keys.clusters, size, jnp.dtype(product))
-            sweeper, there = sweep.Sweeper(held, keys.clusters), tiles.put(centroids, held.whole)
+            sweeper, there = sweep.Sweeper(held, keys.clusters), held.spread(centroids)
             passes[product] = lambda s=sweeper, c=there: s.run(c, None, with_sums=False)
             passes[product]()
             seconds[product] = []

@@ -13,6 +13,7 @@ from coincide_jax import cluster
 from coincide_jax.cluster import audit, centres
 from coincide_jax.core import artifacts, metrics, store
 from coincide_jax.core.errors import UserError
+from coincide_jax.kernels.kmeans import tiles
 from configs import common
 
 N, WIDTH, LABELS = 240, 60, 6
@@ -176,6 +177,22 @@ def test_separation_keeps_to_the_memory(data, monkeypatch):
     assert len(centroids) <= max(sizes) < 50
     for left, right in zip(whole, parts, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_devices_that_share_the_clusters_write_the_same_files(data, monkeypatch):
+    """Seven clusters on four devices; separation has them shared as well."""
+    folder, _ = data
+    wanted, real = [], jax.make_mesh
+    for share in (tiles.SPLIT, 0.0):
+        monkeypatch.setattr(tiles, "SPLIT", share)
+        monkeypatch.setattr(jax, "make_mesh", lambda shape, *rest, **keys: real((2, 4), *rest, **keys))
+        run(folder, count=8, k=7)
+        table = pq.read_table(folder / "out" / "audit.parquet").to_pydict()
+        found = [*load(folder), np.stack([table["separation"], table["silhouette"]])]
+        wanted = wanted or found
+    for left, right in zip(wanted[:2], found[:2], strict=True):
+        np.testing.assert_array_equal(left, right)
+    np.testing.assert_allclose(wanted[2], found[2], atol=1e-5)
 
 
 def test_every_pass_says_how_far_it_is_and_short_ones_nothing(data, capsys, monkeypatch):

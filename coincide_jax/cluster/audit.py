@@ -5,6 +5,7 @@ does not grow with N beyond a few numbers a row. Labels are read for the audit a
 """
 
 import contextlib
+import functools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ from coincide_jax.core import artifacts
 from coincide_jax.core.metrics import Progress, say
 from coincide_jax.dataset import source
 from coincide_jax.kernels import kmeans
-from coincide_jax.kernels.kmeans.tiles import device_memory, put, tiling
+from coincide_jax.kernels.kmeans import products
+from coincide_jax.kernels.kmeans.tiles import put
 
 COLLAPSE = 0.95  # mean cosine between centroids above which clusters tell little apart
 PAIRS = 20  # near-duplicate pairs that are listed
@@ -119,33 +121,40 @@ def separation(features, centroids, labels, cosine, chunk: int, memory: int) -> 
     distances 1 − cos to the own centroid b and to that one a (Rousseeuw 1987, with centroids in place of members).
 
     One pass over the features, `chunk` rows at a time on the devices of the ambient mesh, or fewer where `memory` bytes
-    (0 = what the devices have) hold no more of them with their K scores, as in k-means; the centroids on each.
+    (0 = what the devices have) hold no more of them with their K scores; rows and centroids lie as in k-means.
     """
-    mesh, (rows, width), k = jax.sharding.get_mesh(), features.shape, len(centroids)
-    chunk = tiling(
-        rows, width, k, chunk, mesh.size, features.dtype, np.float32, memory or device_memory(k, width)
-    ).chunk
-    by_rows, whole = jax.NamedSharding(mesh, jax.P(mesh.axis_names)), jax.NamedSharding(mesh, jax.P())
-    held, other = put(centroids, whole), np.zeros(len(labels), np.float32)
-    nearest_other = jax.jit(_nearest_other, out_shardings=whole)  # whole, so that every process can read it
+    layout = kmeans.lay_out(features, len(centroids), chunk, memory, "float32")
+    chunk, by_rows = layout.chunk, layout.by_rows
+    held, other = layout.spread(centroids), np.zeros(len(labels), np.float32)
     with Progress("audit", len(labels), "records") as progress:
         for start in range(0, len(labels), chunk):
             x, own = np.asarray(features[start : start + chunk]), labels[start : start + chunk]
             count = len(x)
             x, own = np.pad(x, ((0, chunk - count), (0, 0))), np.pad(own, (0, chunk - count))
-            found = nearest_other(put(x, by_rows), put(own.astype(np.int32), by_rows), held)
+            found = _nearest_other(put(x, by_rows), put(own.astype(np.int32), by_rows), held, layout.split)
             other[start : start + count] = np.asarray(found)[:count]
             progress.advance(count)
     own, away = np.maximum(1 - cosine, 0), np.maximum(1 - other, 0)
     return other, (away - own) / np.maximum(np.maximum(own, away), 1e-6)
 
 
-def _nearest_other(x: jax.Array, own: jax.Array, centroids: jax.Array) -> jax.Array:
-    """Cosine of rows f[n, D] to the nearest of the centroids f32[K, D] but their own, i32[n]: f32[n]."""
-    x = x.astype(jnp.float32)
-    scores = jnp.matmul(x, centroids.T, precision=jax.lax.Precision.HIGHEST)
-    others = jnp.where(jnp.arange(len(centroids))[None, :] == own[:, None], -jnp.inf, scores)
-    return others.max(axis=1) / jnp.maximum(jnp.sqrt((x * x).sum(axis=1)), 1e-12)
+@functools.partial(jax.jit, static_argnames="split")
+def _nearest_other(x: jax.Array, own: jax.Array, centroids: jax.Array, split: int) -> jax.Array:
+    """Cosine of rows f[n, D] to the nearest of the centroids f32[K, D] but their own, i32[n]: f32[n] on every device.
+    `split`: as in `products`."""
+
+    def local(x, own, centroids):
+        x, names = x.astype(jnp.float32), products.names(len(centroids), split)
+        scores = jnp.matmul(x, centroids.T, precision=jax.lax.Precision.HIGHEST)
+        others = names[None, :] != own[:, None]
+        if split:
+            others &= names[None, :] < split
+        best = jnp.where(others, scores, -jnp.inf).max(axis=1)
+        best = jax.lax.pmax(best, products.SHARED) if split else best
+        (found,) = products.everywhere(best / jnp.maximum(jnp.sqrt((x * x).sum(axis=1)), 1e-12), split=split)
+        return found
+
+    return products.over_rows(local, "rrk", split=split)(x, own, centroids)
 
 
 def cache_bytes(keys) -> int:
@@ -199,11 +208,12 @@ def against_label(values: list, labels, shuffled, k: int) -> tuple[dict, np.ndar
       (bits; NaN where no record of the cluster has the label).
     """
     has = np.array([value is not None for value in values], bool)
-    names = np.array([str(value) for value in values if value is not None])
-    _, classes = np.unique(names, return_inverse=True)
-    count = int(classes.max()) + 1 if len(classes) else 0
+    names = sorted({str(value) for value in values if value is not None})
+    count, number = len(names), {name: place for place, name in enumerate(names)}
     if count < 2:
         return None
+    # an array of the names would take 4 bytes a row for each letter of the longest, several times over
+    classes = np.fromiter((number[str(value)] for value in values if value is not None), np.int64, int(has.sum()))
     found, purity, entropy = _agreement(classes, labels[has], k)
     random, _, _ = _agreement(classes, shuffled[has], k)
     told = {"records": int(has.sum()), "classes": count} | found

@@ -94,6 +94,18 @@ def extract(config, s: Sizes, devices: Devices) -> Cost:
     return Cost("extract", s.pool, flop, "half", store(s.records, s.width), host, device, how, remedy)
 
 
+def cluster_row(keys, *, labels: bool) -> int:
+    """Bytes on the host for each clustered row, where most are held; `labels`: its records may have some to agree with.
+
+    k-means keeps 28 (length, loss in the cast, gap, label) and 24 more while it draws first centroids, 63 by k-means||;
+    the stage row numbers and labels, up to 20; the agreement with labels takes 65 beside 40 of the stage's own.
+    """
+    size = 105 if (labels and keys.audit_labels) or keys.init == "k-means||" else 70
+    if keys.mode == "sketch":  # the coordinates, and what k-means keeps of them
+        size += 4 * keys.sketch_rank + 20
+    return size + 20 * bool(keys.audit.stability)  # what the first clustering left
+
+
 def cluster(config, s: Sizes, devices: Devices) -> Cost:
     """Spherical k-means (an upper bound: rows and centroids that provably stay are left out), and the audit."""
     keys, n, width = config.cluster, s.pool, s.width
@@ -101,19 +113,24 @@ def cluster(config, s: Sizes, devices: Devices) -> Cost:
     disk = npy((4, k, width), (4, s.records))
     sample = min(n, keys.max_points_per_centroid * k or n)
     fast = devices.fast if keys.product == "auto" else keys.product
-    memory = (keys.memory_mib << 20) or devices.count * tiles.free(devices.usable * devices.bytes, 0, k, width)
+    wide, limit = config.device.model_parallel, devices.usable * devices.bytes
+    parts = tiles.parts(wide, k, width, tiles.CPU_MEMORY if devices.cpu else limit)
+    own = -(-k // parts)  # clusters of a device
+    memory = (keys.memory_mib << 20) or devices.count * tiles.free(limit, 0, own, width)
     if devices.cpu and not keys.memory_mib:
         memory = tiles.CPU_MEMORY
-    cut = tiles.tiling(sample, width, k, keys.chunk, devices.count, "float16", fast, memory)
+    cut = tiles.tiling(sample, width, own, keys.chunk, devices.count // parts, "float16", fast, memory / parts)
     kept = cut.count * cut.per if cut.resident else 3 * cut.per
-    device = kept * tiles.row_bytes(width, "float16", fast) + cut.per * tiles.work_bytes(width, k)
-    device += tiles.CENTROID_BYTES * k * width
-    host = 3 * 2 * cut.chunk * width + 8 * k * width + 260 * n
+    device = kept * tiles.row_bytes(width, "float16", fast) + cut.per * tiles.work_bytes(width, own)
+    device += tiles.CENTROID_BYTES * own * width
+    host = 3 * 2 * cut.chunk * width + 8 * k * width + cluster_row(keys, labels=s.target is not None) * n
     flop = 2.0 * sample * k * width * keys.iterations + 2.0 * n * k * width * (sample < n)
     passes = keys.iterations + 2
     how = [f"tiles of {cut.chunk} rows", "features stay on the devices"]
     if not cut.resident:
         how[1] = f"features streamed, {2 * sample * width / GB:.1f} GB in each of {passes} passes at most"
+    if parts > 1:
+        how.append(f"centroids shared by {parts} devices")
     if keys.init == "k-means||":
         host += PARALLEL_BYTES * 2 * seeding.ROUNDS * k * width
         how.append(f"k-means|| holds {2 * seeding.ROUNDS * k} drawn rows on the host")
@@ -130,7 +147,8 @@ def cluster(config, s: Sizes, devices: Devices) -> Cost:
         cache = cache_bytes(keys)
         host += min(cache, 2 * n * width)
         how.append(f"duplicates: {math.ceil(2 * n * width / cache)} passes more")
-    remedy = "lower cluster.k, or take fewer layers by extract.num_layers"
+    share = f"raise device.model_parallel (up to {devices.count} devices, which share the centroids), "
+    remedy = f"lower cluster.k, {share * (wide < devices.count)}or take fewer layers by extract.num_layers"
     return Cost("cluster", n, flop, "half", disk, host, device, "; ".join(how), remedy)
 
 

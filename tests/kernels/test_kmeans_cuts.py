@@ -71,6 +71,133 @@ def test_bitwise_equal_in_any_product_and_mesh(one):
     same(one, fit(drawn().astype(np.float32), product="bfloat16", count=2))
 
 
+@pytest.fixture(scope="module")
+def few():
+    """The same of fewer rows in 29 clusters, which no mesh below divides."""
+    return fit(drawn(rows=400, spread=0.8), k=29, product="float32", chunk=400)
+
+
+@pytest.mark.parametrize(
+    ("count", "model", "cuts"),
+    [
+        (2, 2, [(400, 0, "float32"), (70, STREAMED, "float16")]),
+        (8, 2, [(400, 0, "bfloat16"), (96, STREAMED, "float32")]),
+        (8, 4, [(128, 0, "float16"), (400, STREAMED, "bfloat16")]),
+        (8, 8, [(400, 0, "float32"), (100, STREAMED, "bfloat16")]),
+    ],
+)
+def test_bitwise_equal_when_devices_share_the_clusters(count, model, cuts, few):
+    for chunk, memory, product in cuts:
+        settings = {"chunk": chunk, "memory": memory, "product": product}
+        found = fit(drawn(rows=400, spread=0.8), 29, count, model, split=True, **settings)
+        assert found.resident == (memory == 0)
+        same(few, found)
+    assert found.centroids.flags.writeable
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_devices_that_have_no_cluster_to_share(k):
+    x = drawn()[:200]
+    same(fit(x, k, chunk=200, iterations=5), fit(x, k, 8, 8, chunk=200, iterations=5, split=True))
+
+
+def test_ties_across_devices_and_restarts():
+    """Copies of centroids on different devices: the first wins every row, the others restart, some in one go."""
+    x = drawn(spread=0.6)
+    copies = np.tile(fit(x, k=10, iterations=3).centroids, (4, 1))
+    with devices(1):
+        labels, cosine = kmeans.assign(x, copies, 256)
+    one = fit(x, k=40, init=copies, iterations=3)
+    assert labels.max() < 10 and one.empties[0] == 30
+    with devices(4, 4):
+        shared = kmeans.assign(x, copies, 700, split=True)
+    np.testing.assert_array_equal(labels, shared[0])
+    np.testing.assert_array_equal(cosine, shared[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeding, "RESTARTED", 8)
+        patch.setattr(tiles, "GATHERED", 9 * 4 * 64)
+        same(one, fit(x, 40, 4, 2, init=copies, iterations=3, split=True))
+
+
+def test_resumed_between_shared_and_whole_clusters(few):
+    x, states = drawn(rows=400, spread=0.8), []
+    fit(x, 29, 2, 2, split=True, on_state=states.append, iterations=4)
+    same(few, fit(x, 29, resume=states[-1]))
+    fit(x, 29, on_state=states.append, iterations=3)
+    same(few, fit(x, 29, 4, 4, resume=states[-1], split=True))
+
+
+def test_a_device_holds_its_share():
+    """Of what has a row for each cluster: the limbs, the centroids and all that is made of them."""
+    x = drawn()[:100]
+    with devices(8, 4):
+        held = kmeans.lay_out(x, 30, 100, product="float16", split=True)
+        sweeper, centroids = sweep.Sweeper(held, 30), held.spread(exact.unit(x[10:40]))
+        sweeper.run(centroids, None)
+        following, _, _ = sweeper.settle(centroids)
+        seeded = products.replace(following, jnp.arange(2, dtype=jnp.int32), jnp.zeros((2, 64)), held.split)
+        arrays = [centroids, following, seeded, *sweeper.single, *sweeper.fast, *products.total(*sweeper.limbs, 30)]
+        assert {shard.data.shape for array in arrays for shard in array.addressable_shards} == {(8, 64)}
+        assert {shard.data.shape for limb in sweeper.limbs for shard in limb.addressable_shards} == {(1, 8, 64)}
+        assert sweeper.limbs[0].shape == (2, 32, 64) and held.per == 50
+        np.testing.assert_array_equal(held.gather(centroids), exact.unit(x[10:40]))
+        np.testing.assert_array_equal(held.gather(seeded)[2:], held.gather(following, np.arange(2, 30)))
+        assert not held.gather(seeded, np.array([1])).any() and len(held.gather(seeded)) == 30
+
+
+def test_clusters_are_shared_where_a_device_is_too_small_for_them(monkeypatch):
+    x, share = drawn()[:100], 80 * 24 * 64 / tiles.SPLIT
+    for limit, model, parts in ((share - 1, 4, 4), (share, 4, 1), (share - 1, 1, 1)):
+        monkeypatch.setattr(tiles, "device_limit", lambda limit=limit: limit)
+        with devices(8, model):
+            held = kmeans.lay_out(x, 24, 100)
+            assert (held.parts, held.shards, held.clusters) == (parts, 8 // parts, 24 // parts)
+            assert held.by_rows.shard_shape((held.chunk, 64))[0] == held.per
+
+
+def test_devices_that_share_clusters_read_their_rows_once():
+    x, read = drawn()[:100], []
+
+    class Counted:
+        shape, dtype = x.shape, x.dtype
+
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, rows):
+            read.append(rows)
+            return x[rows]
+
+    with devices(8, 4):
+        kmeans.lay_out(Counted(), 24, 100, split=True).load(0)
+    assert sorted((rows.start, rows.stop) for rows in read) == [(0, 50), (50, 100)]
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||"])
+def test_starts_are_the_same_where_devices_share_the_clusters(init):
+    start = {"k": 21, "iterations": 0, "init": init}
+    wanted = fit(outliers(320, 20), **start).centroids
+    for count, model in ((8, 4), (3, 3)):
+        assert (
+            wanted.tobytes()
+            == fit(outliers(320, 20), count=count, model=model, split=True, **start).centroids.tobytes()
+        )
+
+
+def test_a_sketch_where_devices_share_the_clusters(monkeypatch):
+    x, settings = drawn(rows=320, spread=0.2, centers=24), {"rank": 30, "seed": 1, "iterations": 9, "chunk": 128}
+    monkeypatch.setattr(tiles, "SPLIT", 0.0)
+    with devices(4, 4):
+        held = kmeans.lay_out(x, 22, 128)
+        start, told = sketch.start(x, 22, **settings, source=held)
+        found = kmeans.fit(x, 22, seed=1, iterations=5, chunk=128, init=start, tiles=held)
+    assert held.split == 22 and told["energy"] > 0.9 and told["iterations"] > 0
+    with devices(1):
+        alone, _ = sketch.start(x, 22, **settings)
+    np.testing.assert_allclose(start, alone, atol=1e-5)
+    same(found, fit(x, k=22, init=start, iterations=5))
+
+
 def test_rows_are_skipped_and_labels_stay_lloyds():
     """Against Lloyd written out in float64: no pruning, no half precision."""
     x = drawn(rows=900, spread=0.5)

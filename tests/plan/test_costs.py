@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 
 import command
 import jax
@@ -236,6 +237,43 @@ def test_kmeans_parallel_says_what_it_holds():
 
     with pytest.raises(UserError, match=r"does not fit this host: stage 'cluster' takes 51.* take cluster.init=random"):
         plan.refuse(config, [Devices.parse("1xH100-80GB")._replace(host=48e9)])
+
+
+def test_centroids_that_devices_share_fit_small_ones():
+    """80 bytes for each number of 10,000 centroids are 16 GB, and a quarter of that on each of four devices."""
+    config, four = llava15.get_config().unlock(), Devices.parse("4xV100-16GB")
+    with pytest.raises(UserError, match=r"stage 'cluster' takes 16.* raise device.model_parallel .up to 4 devices"):
+        plan.refuse(config, [four])
+    whole = by_stage(config, "4xV100-16GB")["cluster"]
+    config.device.model_parallel = 4
+    found = by_stage(config, "4xV100-16GB")["cluster"]
+    numbers = 10_000 * 20_480
+    assert whole.device > 80 * numbers
+    assert 80 * numbers / 4 < found.device < four.usable * four.bytes
+    assert "centroids shared by 4 devices" in found.how and "model_parallel" not in found.remedy
+    with pytest.raises(UserError, match="stage 'train' takes"):  # clustering is no longer what does not fit
+        plan.refuse(config, [four])
+    config.cluster.k = 1000  # of which a device has all
+    assert "shared" not in by_stage(config, "4xV100-16GB")["cluster"].how
+
+
+def test_a_row_of_the_host_is_counted_within_20_percent(tmp_path):
+    """What NumPy holds at its peak, of many rows less that of few; from the start to the last file."""
+    peaks, mesh = {}, axes.make_mesh(devices=jax.devices()[:1])
+    for keys in ({"init": "random"}, {"init": "random", "audit": {"stability": True}}, {"init": "k-means||"}):
+        config = arrays.get_config().unlock()
+        config.cluster.update({"k": 20, "iterations": 2, "product": "float32"} | keys)
+        for rows in (20_000, 20_000, 220_000):  # the first one compiles
+            x = np.random.default_rng(0).normal(size=(rows, 4))
+            np.save(tmp_path / "f.npy", (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16))
+            config.extract.features = str(tmp_path / "f.npy")
+            tracemalloc.start()
+            with jax.set_mesh(mesh):
+                cluster.run(config, {}, tmp_path / "cluster", mesh)
+            peaks[rows] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        measured = (peaks[220_000] - peaks[20_000]) / 200_000
+        assert stages.cluster_row(config.cluster, labels=False) == pytest.approx(measured, rel=0.2), keys
 
 
 def test_nothing_is_run(tmp_path):

@@ -11,22 +11,23 @@ from random rows). Three things make the result independent of how, where and ho
 * Centroids. Lengths of the sums in float64 in one order of summation, of exact products; divisions in float64; float32.
 
 Memory: on the devices the features when they fit (f[N, D] as stored and once more in the fast type, where that is
-another), else three tiles; `chunk · K` float32 scores, and about `80 · K · D` bytes on each device at most. On the
-host: three tiles, the centroids, 28 bytes a row and 4 more in a pass.
+another), else three tiles; `chunk · K` float32 scores, and about `80 · K · D` bytes on each device at most. Where that
+is more than a quarter of a device's memory (`tiles.SPLIT`) the P devices of the mesh axis 'model' share the clusters:
+`80 · K · D / P` bytes, and the rows lie P times as densely on fewer devices. On the host: three tiles, the centroids,
+28 bytes a row and 4 more in a pass.
 """
 
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from coincide_jax.kernels.kmeans import products, seeding
+from coincide_jax.kernels.kmeans import seeding
 from coincide_jax.kernels.kmeans.exact import LARGEST, cosines, members, unit
 from coincide_jax.kernels.kmeans.seeding import NAMES as INITS
 from coincide_jax.kernels.kmeans.sweep import Sweeper
-from coincide_jax.kernels.kmeans.tiles import OnTile, RowError, Tiles, fast_dtype, put
+from coincide_jax.kernels.kmeans.tiles import OnTile, RowError, Tiles, fast_dtype
 
 __all__ = [
     "HISTORY", "INITS", "LARGEST", "KMeansResult", "RowError", "State", "assign", "cosines", "fit", "lay_out", "members"
@@ -78,11 +79,17 @@ class State(NamedTuple):
 
 
 def lay_out(
-    features, k: int, chunk: int, memory: int = 0, product: str = "auto", on_tile: OnTile | None = None
+    features,
+    k: int,
+    chunk: int,
+    memory: int = 0,
+    product: str = "auto",
+    on_tile: OnTile | None = None,
+    split: bool | None = None,
 ) -> Tiles:
     """The rows on the devices or on their way there, for several calls that would else read and measure them anew. The
     arguments are those of `fit`."""
-    return Tiles(features, k, chunk, fast_dtype(product), memory, on_tile)
+    return Tiles(features, k, chunk, fast_dtype(product), memory, on_tile, split)
 
 
 def fit(
@@ -101,6 +108,7 @@ def fit(
     state_every: int = 1,
     resume: State | None = None,
     on_tile: OnTile | None = None,
+    split: bool | None = None,
     tiles: Tiles | None = None,
 ) -> KMeansResult:
     """Clusters the rows of `features` by direction.
@@ -126,7 +134,9 @@ def fit(
       on_state: called with the `State` after every `state_every` iterations.
       resume: where an earlier call with the same arguments stood.
       on_tile: called within every pass over the rows, with what is counted, how many are done and of how many.
-      tiles: what `lay_out` made with the same arguments, `on_tile` being one.
+      split: whether the devices of the mesh axis 'model' share the clusters; None: where each has too little memory for
+        all of them. The result is the same.
+      tiles: what `lay_out` made with the same arguments, `on_tile` and `split` being two.
 
     Raises:
       RowError: a row that is not finite or too large. ValueError: k outside 1..N, `init` of another shape or name.
@@ -136,7 +146,7 @@ def fit(
         raise ValueError(f"k = {k} clusters of {rows} rows; expected 1 to {rows}")
     if not isinstance(init, str) and np.shape(init) != (k, features.shape[1]):
         raise ValueError(f"init has shape {np.shape(init)}; expected {(k, features.shape[1])}")
-    tiles = tiles or lay_out(features, k, chunk, memory, product, on_tile)
+    tiles = tiles or lay_out(features, k, chunk, memory, product, on_tile, split)
     sweeper = Sweeper(tiles, k, None if resume is None else resume.assignment.copy())
     if resume is not None:
         first = resume.centroids
@@ -144,19 +154,17 @@ def fit(
         first = seeding.first(tiles, sweeper.norms, k, seed, init)
     else:
         first = unit(init)
-    centroids, previous = put(first, tiles.whole), None
+    centroids, previous = tiles.spread(first), None
     history = [] if resume is None else [Iteration(*line) for line in resume.history]
     while len(history) < iterations and not (history and _ended(history, tolerance)):
         begin = time.perf_counter()
         moved = sweeper.run(centroids, previous)
         sizes = np.bincount(sweeper.assignment, minlength=k)
-        with jax.enable_x64(True):
-            settled = products.settle(*products.total(*sweeper.limbs), centroids)
-        lengths, dots = jax.device_get(settled[1:])
+        following, lengths, dots = sweeper.settle(centroids)
         objective, updated = float(np.sum(dots)) / rows, float(np.sum(lengths)) / rows
         imbalance = k * float(np.sum(sizes.astype(np.float64) ** 2)) / rows**2
         if moved:  # else these centroids are the means of this very assignment
-            following = seeding.reseed(features, sweeper.norms, sweeper.assignment, sizes, lengths, settled[0])
+            following = seeding.reseed(tiles, sweeper.norms, sweeper.assignment, sizes, lengths, following)
             centroids, previous = following, centroids
         seconds = time.perf_counter() - begin
         empties = int(np.sum(sizes == 0))
@@ -164,13 +172,14 @@ def fit(
         if on_iteration:
             on_iteration({"iteration": len(history), **history[-1]._asdict()})
         if on_state and len(history) % state_every == 0:
-            on_state(State.of(centroids, sweeper.assignment, history))
+            on_state(State.of(tiles.gather(centroids), sweeper.assignment, history))
     if not history or history[-1].moved > 0:
         sweeper.run(centroids, previous, with_sums=False)
     columns = list(zip(*history, strict=True)) or [()] * len(HISTORY)
     kinds = (np.float64, np.float64, np.float64, np.int32, np.int32, np.float64, np.float64)
     arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-    return KMeansResult(np.array(centroids), sweeper.assignment, *arrays, len(history), tiles.resident)
+    found = np.require(tiles.gather(centroids), requirements="W")
+    return KMeansResult(found, sweeper.assignment, *arrays, len(history), tiles.resident)
 
 
 def _ended(history: list[Iteration], tolerance: float | None) -> bool:
@@ -187,11 +196,18 @@ def _ended(history: list[Iteration], tolerance: float | None) -> bool:
 
 
 def assign(
-    features, centroids, chunk: int, memory: int = 0, product: str = "auto", on_tile: OnTile | None = None
+    features,
+    centroids,
+    chunk: int,
+    memory: int = 0,
+    product: str = "auto",
+    on_tile: OnTile | None = None,
+    split: bool | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the nearest centroid of each row and the cosine to it: `(i32[N], f32[N])`. Ties to the smallest index."""
+    """Returns the nearest centroid of each row and the cosine to it: `(i32[N], f32[N])`. Ties to the smallest index.
+    The other arguments are those of `fit`."""
     centroids = np.asarray(centroids, np.float32)
-    tiles = lay_out(features, len(centroids), chunk, memory, product, on_tile)
+    tiles = lay_out(features, len(centroids), chunk, memory, product, on_tile, split)
     sweeper = Sweeper(tiles, len(centroids))
-    sweeper.run(put(centroids, tiles.whole), None, with_sums=False)
+    sweeper.run(tiles.spread(centroids), None, with_sums=False)
     return sweeper.assignment, cosines(features, centroids, sweeper.assignment, on_tile)

@@ -1,4 +1,8 @@
-"""The device side of k-means: scores in half or single precision, exact sums, centroids. Rows lie over all mesh axes.
+"""The device side of k-means: scores in half or single precision, exact sums, centroids.
+
+Rows lie over all mesh axes and each device has all K clusters; or, where these are too large for that, the devices of
+the axis 'model' share the clusters and rows lie over 'data' alone. Then `split` is K, each device has [K/P, D] of what
+is [K, D] below, and K is filled up to a multiple of P with clusters of zeros that no row meets. Else `split` is 0.
 
 Results that the host reads are gathered to every device, so that each process of a many-host mesh can read them.
 """
@@ -12,6 +16,7 @@ import jax.numpy as jnp
 from coincide_jax.kernels.kmeans.exact import GRID, SLACK
 
 AXES = ("data", "model")  # the rows of a tile are shared by all devices
+SHARED = AXES[1]  # what shares the clusters where they are split
 # contraction length of one matrix product: a longer one is faster, a shorter one has a smaller bound on its rounding
 FAST = {"float32": 2048, "float16": 2048, "bfloat16": 4096}  # in bfloat16 the operands' rounding is far larger
 SINGLE = 1024  # of rows that are repeated in float32
@@ -31,15 +36,66 @@ def accumulation(width: int, block: int) -> float:
     return 2.0 * (min(block, width) + -(-width // block) + 2) * ROUNDING * 1.01
 
 
-def over_rows(function, over: str, out=None):
-    """`shard_map` of a function of whole arrays ('.') and arrays whose rows the devices share ('r')."""
-    specs = tuple(jax.P(AXES) if letter == "r" else jax.P() for letter in over)
+def row_axes(split: int) -> tuple[str, ...]:
+    """The mesh axes that share the rows of a tile."""
+    return AXES[:1] if split else AXES
+
+
+def cluster_axes(split: int) -> jax.P:
+    """The spec of what has a row for each cluster."""
+    return jax.P(SHARED) if split else jax.P()
+
+
+def limb_axes(split: int) -> jax.P:
+    """The spec of the limbs [S, K, D]."""
+    return jax.P(AXES[0], SHARED) if split else jax.P(AXES)
+
+
+def over_rows(function, over: str, out=None, split: int = 0):
+    """`shard_map` of a function of whole arrays ('.'), arrays whose rows the devices share ('r'), arrays with a row for
+    each cluster ('k') and limbs ('l')."""
+    kinds = {".": jax.P(), "r": jax.P(row_axes(split)), "k": cluster_axes(split), "l": limb_axes(split)}
+    specs = tuple(kinds[letter] for letter in over)
     return jax.shard_map(function, in_specs=specs, out_specs=jax.P() if out is None else out, check_vma=False)
 
 
-def everywhere(*values):
+def everywhere(*values, split: int = 0):
     """The rows of all devices on each of them, of arrays whose rows the devices share; inside `over_rows`."""
-    return tuple(jax.lax.all_gather(value, AXES, tiled=True) for value in values)
+    return tuple(jax.lax.all_gather(value, row_axes(split), tiled=True) for value in values)
+
+
+def _first(count: int, split: int):
+    """The number of the first of a device's `count` clusters; inside `over_rows`."""
+    return jax.lax.axis_index(SHARED) * count if split else 0
+
+
+def _here(clusters, count: int, split: int):
+    """Numbers of clusters → their places among the `count` of this device; `count` for those of others. (A negative
+    place would be counted from the end.)"""
+    if not split:
+        return clusters
+    place = clusters - _first(count, split)
+    return jnp.where((place >= 0) & (place < count), place, count)
+
+
+def names(count: int, split: int):
+    """Numbers i32[count] of this device's clusters; from `split` on they are those that fill up. Inside `over_rows`."""
+    return _first(count, split) + jnp.arange(count, dtype=jnp.int32)
+
+
+def _every(found, split: int):
+    """What the devices found of their clusters, of all of them; inside `over_rows`."""
+    return jax.lax.all_gather(found, SHARED, tiled=True) if split else found
+
+
+def best_of_all(best, top, second=None):
+    """Two best of all clusters from the two best of each device's (numbers, scores, scores); ties to the smallest
+    number. Without `second` the best alone."""
+    highest = jax.lax.pmax(top, SHARED)
+    first = jax.lax.pmin(jnp.where(top == highest, best, jnp.iinfo(jnp.int32).max), SHARED)
+    if second is None:
+        return first, highest
+    return first, highest, jax.lax.pmax(jnp.where(best == first, second, top), SHARED)
 
 
 def blocked(array, block: int) -> tuple:
@@ -77,24 +133,29 @@ def _two_best(scores):
     return best[:, 0], top[:, 0], second
 
 
-@jax.jit
-def nearest(x, directions):
+@functools.partial(jax.jit, static_argnames="split")
+def nearest(x, directions, split: int = 0):
     """Two best of every row of a tile: f[C, D], blocks of f[K, D] → index i32[C], best and second best score f32[C]."""
 
     def local(x, directions):
-        return everywhere(*_two_best(_product(x, directions)))
+        scores = _product(x, directions)
+        if not split:
+            return everywhere(*_two_best(scores))
+        here = names(scores.shape[1], split)
+        best, top, second = _two_best(jnp.where(here[None, :] < split, scores, -jnp.inf))
+        return everywhere(*best_of_all(here.at[best].get(mode="clip"), top, second), split=split)
 
-    return over_rows(local, "r.")(x, directions)
+    return over_rows(local, "rk", split=split)(x, directions)
 
 
-@functools.partial(jax.jit, static_argnames="prefix")
-def against(x, stored, rows, own, directions, single, order, prefix: int):
-    """Some rows against their own cluster and the first `prefix` others of `order`.
+@functools.partial(jax.jit, static_argnames=("prefix", "split"))
+def against(x, stored, rows, own, directions, single, order, prefix: int, split: int = 0):
+    """Some rows against their own cluster and the first `prefix` others of `order`; split, of each device's.
 
     Args:
       x, stored: f[C, D] a tile, in the type of the products and as stored. rows: i32[S·B] rows within their device's
         part of it. own: i32[S·B] their clusters. directions, single: blocks of f[K, D], in the type of the products and
-        in float32. order: i32[K], a permutation of the clusters.
+        in float32. order: i32[K], a permutation of the clusters; split, of the places of each device's.
 
     Returns:
       i32[S·B] best other cluster; f32[S·B] its score, the second best other's, and the own cluster's, which is of
@@ -114,44 +175,64 @@ def against(x, stored, rows, own, directions, single, order, prefix: int):
 
     def local(x, stored, rows, own, directions, single, order):
         x, stored = x.at[rows].get(mode="clip"), stored.at[rows].get(mode="clip")
-        whole = jax.vmap(own_score, (0, 0, None))
-        score = jax.lax.platform_dependent(stored, own, single, cpu=in_cache, default=whole)
-        chosen, every = order[:prefix], prefix == len(order)
+        whole, count = jax.vmap(own_score, (0, 0, None)), len(order)
+        score = jax.lax.platform_dependent(stored, _here(own, count, split), single, cpu=in_cache, default=whole)
+        chosen, every = order[:prefix], prefix == count
         others = directions if every else tuple(part.at[chosen].get(mode="clip") for part in directions)
-        names = jnp.arange(prefix, dtype=jnp.int32) if every else chosen
-        scores = jnp.where(names[None, :] == own[:, None], -jnp.inf, _product(x, others))
-        best, top, second = _two_best(scores)
-        return everywhere(names.at[best].get(mode="clip"), top, second, score)
+        here = names(prefix, 0) if every else chosen
+        if not split:
+            scores = jnp.where(here[None, :] == own[:, None], -jnp.inf, _product(x, others))
+            best, top, second = _two_best(scores)
+            return everywhere(here.at[best].get(mode="clip"), top, second, score)
+        here = here + _first(count, split)
+        met = (here[None, :] != own[:, None]) & (here[None, :] < split)
+        best, top, second = _two_best(jnp.where(met, _product(x, others), -jnp.inf))
+        found = best_of_all(here.at[best].get(mode="clip"), top, second)
+        score = jax.lax.psum(jnp.where(_here(own, count, split) < count, score, 0.0), SHARED)  # of one device
+        return everywhere(*found, score, split=split)
 
-    return over_rows(local, "rrrr...")(x, stored, rows, own, directions, single, order)
+    return over_rows(local, "rrrrkkk", split=split)(x, stored, rows, own, directions, single, order)
 
 
-@jax.jit
-def take(x, rows):
-    """Rows of a tile on every device: f[C, D], i32[n] → f[n, D]."""
+@functools.partial(jax.jit, static_argnames="axes")
+def take(x, rows, axes=AXES):
+    """Rows of a tile, or of what else has its rows shared by the mesh axes `axes`, on every device: f[C, D], i32[n] →
+    f[n, D]."""
 
     def local(x, rows):
-        rows = rows - jax.lax.axis_index(AXES) * len(x)
+        rows = rows - jax.lax.axis_index(axes) * len(x)
         found = x.at[rows].get(mode="clip")
         mine = (rows >= 0) & (rows < len(x))
-        return jax.lax.psum(jnp.where(mine[:, None], found, jnp.zeros_like(found)), AXES)
+        return jax.lax.psum(jnp.where(mine[:, None], found, jnp.zeros_like(found)), axes)
 
-    return over_rows(local, "r.")(x, rows)
+    specs = jax.P(axes), jax.P()
+    return jax.shard_map(local, in_specs=specs, out_specs=jax.P(), check_vma=False)(x, rows)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def add_rows(low, high, x, rows, plus, minus=None):
+@functools.partial(jax.jit, static_argnames="split")
+def replace(centroids, clusters, rows, split: int = 0):
+    """Centroids f32[K, D] with `rows` f32[n, D] in the places of `clusters` i32[n]; numbers above all are of none."""
+
+    def local(centroids, clusters, rows):
+        return centroids.at[_here(clusters, len(centroids), split)].set(rows, mode="drop")
+
+    return over_rows(local, "k..", cluster_axes(split), split)(centroids, clusters, rows)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames="split")
+def add_rows(low, high, x, rows, plus, minus=None, split: int = 0):
     """Moves rows of a tile between clusters in the exact sums. After `LOOSE` rows a device it is time to `carry`.
 
     Args:
       low, high: i32[S, K, D] limbs on each device; a sum is (low + high 2^20) 2^-24.
-      x: f[C, D]. rows: i32[S·B] within the device's part. plus, minus: i32[S·B] clusters, K = none;
-        minus None: they were in none.
+      x: f[C, D]. rows: i32[S·B] within the device's part. plus, minus: i32[S·B] clusters, K = none
+        (split, the K that is filled up); minus None: they were in none.
     """
 
     def local(low, high, x, rows, plus, *minus):
         whole = jnp.round(x.at[rows].get(mode="clip").astype(jnp.float32) * GRID).astype(jnp.int32)
         parts = whole & ((1 << LIMB) - 1), whole >> LIMB
+        plus, *minus = (_here(clusters, low.shape[1], split) for clusters in (plus, *minus))
         low, high = (limb[0].at[plus].add(part, mode="drop") for limb, part in zip((low, high), parts, strict=True))
         for clusters in minus:
             low, high = (
@@ -160,27 +241,28 @@ def add_rows(low, high, x, rows, plus, minus=None):
         return low[None], high[None]
 
     minus = () if minus is None else (minus,)
-    return over_rows(local, "rrrrr" + "r" * len(minus), jax.P(AXES))(low, high, x, rows, plus, *minus)
+    over = "llrrr" + "r" * len(minus)
+    return over_rows(local, over, limb_axes(split), split)(low, high, x, rows, plus, *minus)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def carry(low, high):
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames="split")
+def carry(low, high, split: int = 0):
     """Limbs i32[S, K, D] of the same sums, the low ones from 0 to 2^20."""
 
     def local(low, high):
         return low & ((1 << LIMB) - 1), high + (low >> LIMB)
 
-    return over_rows(local, "rr", jax.P(AXES))(low, high)
+    return over_rows(local, "ll", limb_axes(split), split)(low, high)
 
 
-@jax.jit
-def total(low, high):
+@functools.partial(jax.jit, static_argnames="split")
+def total(low, high, split: int = 0):
     """Limbs, carries taken out, summed over the devices: two i32[K, D]."""
 
     def local(low, high):
-        return jax.lax.psum((low[0], high[0]), AXES)
+        return jax.lax.psum((low[0], high[0]), row_axes(split))
 
-    return over_rows(local, "rr")(low, high)
+    return over_rows(local, "ll", cluster_axes(split), split)(low, high)
 
 
 def _ordered(terms, *arrays) -> list:
@@ -222,8 +304,8 @@ def squares(values):
     return large + (cross + cross) + small
 
 
-@jax.jit
-def settle(low, high, centroids):
+@functools.partial(jax.jit, static_argnames="split")
+def settle(low, high, centroids, split: int = 0):
     """Exact sums → the next centroids. Call under `jax.enable_x64(True)`.
 
     Args:
@@ -246,26 +328,29 @@ def settle(low, high, centroids):
         large, cross, small, *dots = _ordered(terms, low, high, centroids)
         length = jnp.sqrt(large + (cross + cross) + small)[:, None]
         following = (whole(low, high) / jnp.where(length > 0, length, 1.0)).astype(jnp.float32)
-        return jnp.where(length > 0, following, centroids), length[:, 0], dots[0] + dots[1]
+        told = _every(length[:, 0], split), _every(dots[0] + dots[1], split)
+        return jnp.where(length > 0, following, centroids), *told
 
-    return over_rows(local, "...")(low, high, centroids)
+    return over_rows(local, "kkk", (cluster_axes(split), jax.P(), jax.P()), split)(low, high, centroids)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def directions(centroids, dtype):
+@functools.partial(jax.jit, static_argnames=("dtype", "split"))
+def directions(centroids, dtype, split: int = 0):
     """Centroids f32[K, D] less their mean f32[D], which is returned first, in float32 and in `dtype`: blocks of both.
     Call under `jax.enable_x64(True)`."""
 
     def local(centroids):
-        mean = jnp.mean(centroids, axis=0)
+        # what fills up is zero
+        mean = jax.lax.psum(jnp.sum(centroids, axis=0), SHARED) / split if split else jnp.mean(centroids, axis=0)
         single = (centroids.astype(jnp.float64) - mean.astype(jnp.float64)[None, :]).astype(jnp.float32)
         return mean, blocked(single, SINGLE), blocked(single.astype(dtype), FAST[jnp.dtype(dtype).name])
 
-    return over_rows(local, ".")(centroids)
+    out = jax.P(), cluster_axes(split), cluster_axes(split)
+    return over_rows(local, "k", out, split)(centroids)
 
 
-@jax.jit
-def prepare(centroids, previous, mean, single, fast):
+@functools.partial(jax.jit, static_argnames="split")
+def prepare(centroids, previous, mean, single, fast, split: int = 0):
     """How far what a pass multiplies with (`directions`) may lead. Call under `jax.enable_x64(True)`.
 
     Scores are taken against the centroids less their mean, which moves all scores of a row alike and makes the
@@ -298,13 +383,15 @@ def prepare(centroids, previous, mean, single, fast):
         whole = jax.vmap(lengths, (0, 0, 0, 0, None))
         rows = centroids, previous, single, fast, mean
         found = jax.lax.platform_dependent(*rows, cpu=in_cache, default=whole)
+        if split:
+            found = _every(jnp.where(names(len(found), split)[:, None] < split, found, 0.0), split)
         return jnp.max(found[:, :3], axis=0), found[:, 3]
 
-    return over_rows(local, ".....")(centroids, previous, mean, single, fast)
+    return over_rows(local, "kk.kk", split=split)(centroids, previous, mean, single, fast)
 
 
-@jax.jit
-def near(x, centroids):
+@functools.partial(jax.jit, static_argnames="split")
+def near(x, centroids, split: int = 0):
     """Which centroids f32[K, D] are as good as the best of rows f[n, D], as far as float64 products can tell:
     bool[n, K]. Call under `jax.enable_x64(True)`."""
 
@@ -318,13 +405,16 @@ def near(x, centroids):
         wide = x.astype(jnp.float64)
         scores = jax.lax.platform_dependent(wide, centroids, cpu=in_cache, default=whole)
         slack = SLACK * x.shape[1] * jnp.sqrt(jnp.sum(wide * wide, axis=1, keepdims=True))
+        if split:
+            scores = jnp.where(names(len(centroids), split)[None, :] < split, scores, -jnp.inf)
+            scores = jax.lax.all_gather(scores, SHARED, axis=1, tiled=True)
         return scores >= jnp.max(scores, axis=1, keepdims=True) - slack
 
-    return over_rows(local, "..")(x, centroids)
+    return over_rows(local, ".k", split=split)(x, centroids)
 
 
-@functools.partial(jax.jit, static_argnames="ordered")
-def inspect(x, fast, ordered: bool):
+@functools.partial(jax.jit, static_argnames=("ordered", "split"))
+def inspect(x, fast, ordered: bool, split: int = 0):
     """Of each row of a tile: squared length f64[C], what the fast type lost f64[C], largest magnitude f32[C] (NaN for a
     row with one). Call under `jax.enable_x64(True)`. For `fast`, the rows in that type, see `prepare`.
 
@@ -344,6 +434,6 @@ def inspect(x, fast, ordered: bool):
 
     def local(x, fast):
         plain, lost, largest = jax.lax.platform_dependent(x, fast, cpu=in_cache, default=of)
-        return everywhere(squares(x.astype(jnp.float64)) if ordered else plain, lost, largest)
+        return everywhere(squares(x.astype(jnp.float64)) if ordered else plain, lost, largest, split=split)
 
-    return over_rows(local, "rr")(x, fast)
+    return over_rows(local, "rr", split=split)(x, fast)

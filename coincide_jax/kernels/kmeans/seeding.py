@@ -5,6 +5,8 @@ the nearest row drawn so far. They work on int8 copies of the rows: products of 
 and all that follows is one rounding an operation, so that the draws are the same on any device and for any tile size.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from coincide_jax.kernels.kmeans.tiles import Tiles, put
 PARALLEL = 1e-6  # a cluster whose rows lose less than this share of their length to the mean is not split
 ROUNDS = 5  # of k-means||, each drawing about 2 k rows
 BATCH = 256  # drawn rows that one pass compares with
+RESTARTED = 256  # clusters that are put in their new places at a time
 NAMES = ("random", "k-means++", "k-means||")
 
 
@@ -134,11 +137,12 @@ def _distances(tiles: Tiles, norms, rows: np.ndarray, far: np.ndarray, owner=Non
         turn, turns = at if at[1] else (turn, -(-len(rows) // BATCH))
         part = np.sort(rows[begin : begin + BATCH])
         size = 1 if len(rows) == 1 else BATCH
+        size = -(-size // tiles.parts) * tiles.parts
         part = np.pad(part, (0, size - len(part)), mode="edge")
-        held = put(exact.grid(tiles.features[part]), tiles.whole)
+        held = put(exact.grid(tiles.features[part]), tiles.by_clusters)
         for tile, x, _ in tiles.read(np.ones(tiles.count, bool), "tiles met with drawn rows", turn, turns):
             start, stop = tiles.span(tile)
-            found, which = (np.asarray(value)[: stop - start] for value in _nearest_int8(x, held))
+            found, which = (np.asarray(value)[: stop - start] for value in _nearest_int8(x, held, tiles.split))
             away = np.maximum(np.float32(1) - found, 0)
             if owner is not None:
                 nearer = np.flatnonzero(away < far[start:stop])
@@ -151,9 +155,10 @@ def _distances(tiles: Tiles, norms, rows: np.ndarray, far: np.ndarray, owner=Non
     return far
 
 
-@jax.jit
-def _nearest_int8(x, held):
-    """Largest cosine of int8 copies f32[C] of rows f[C, D] and `held` f[n, D], and the first that has it i32[C]."""
+@functools.partial(jax.jit, static_argnames="split")
+def _nearest_int8(x, held, split: int):
+    """Largest cosine of int8 copies f32[C] of rows f[C, D] and `held` f[n, D], and the first that has it i32[C]. `held`
+    is shared as clusters are."""
 
     def small(x):
         x = x.astype(jnp.float32)
@@ -172,14 +177,16 @@ def _nearest_int8(x, held):
         top = jnp.max(cosines, axis=1)
         index = jnp.arange(cosines.shape[1], dtype=jnp.int32)[None, :]
         which = jnp.min(jnp.where(cosines == top[:, None], index, cosines.shape[1] - 1), axis=1)
-        return products.everywhere(top, which)
+        if split:
+            which, top = products.best_of_all(products.names(len(held), split).at[which].get(mode="clip"), top)
+        return products.everywhere(top, which, split=split)
 
-    return products.over_rows(local, "r.")(x, held)
+    return products.over_rows(local, "rk", split=split)(x, held)
 
 
-def reseed(features, norms, assignment, sizes, lengths, centroids: jax.Array) -> jax.Array:
+def reseed(tiles: Tiles, norms, assignment, sizes, lengths, centroids: jax.Array) -> jax.Array:
     """Restarts empty clusters; see `fit` for the rule. `lengths` f64[K] are those of the cluster sums."""
-    empty = np.flatnonzero(sizes == 0)
+    features, empty = tiles.features, np.flatnonzero(sizes == 0)
     if len(empty) == 0:
         return centroids
     length = np.bincount(assignment, weights=norms, minlength=len(sizes))
@@ -192,7 +199,7 @@ def reseed(features, norms, assignment, sizes, lengths, centroids: jax.Array) ->
             break
         if largest not in farthest:
             members = np.flatnonzero((assignment == largest) & (norms > 0))
-            own = np.asarray(centroids[largest : largest + 1])
+            own = tiles.gather(centroids, np.array([largest]))
             near = np.zeros(len(members), np.float32)
             for part in exact.reads(len(members), features):  # a cluster may hold most of the rows
                 x = features[members[part]]
@@ -204,8 +211,11 @@ def reseed(features, norms, assignment, sizes, lengths, centroids: jax.Array) ->
         return centroids
     rows = np.array(list(restarted.values()))
     order = np.argsort(rows, kind="stable")
-    new = np.empty((len(rows), features.shape[1]), np.float32)
-    new[order] = exact.unit(exact.grid(features[rows[order]]))
-    held = np.array(centroids)
-    held[list(restarted)] = new
-    return put(held, centroids.sharding)
+    clusters = np.array(list(restarted), np.int32)[order]
+    for begin in range(0, len(rows), RESTARTED):
+        here = slice(begin, begin + RESTARTED)
+        new, more = exact.unit(exact.grid(features[rows[order[here]]])), RESTARTED - len(rows[here])
+        places = np.pad(clusters[here], (0, more), constant_values=tiles.parts * tiles.clusters)
+        new = np.pad(new, ((0, more), (0, 0)))
+        centroids = products.replace(centroids, put(places, tiles.whole), put(new, tiles.whole), tiles.split)
+    return centroids

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from coincide_jax.kernels.kmeans import exact, products
-from coincide_jax.kernels.kmeans.tiles import Tiles, put
+from coincide_jax.kernels.kmeans.tiles import Tiles, power_of_two, put
 
 ROWS = 1 << 15  # whose prefixes are chosen at a time
 # Products with chosen rows cost so many times those of a whole tile, and each row the time of so many more products
@@ -41,27 +41,26 @@ class Sweeper:
             raise ValueError(f"{tiles.rows} rows; the exact sums hold up to 2^27")
         self.assignment = np.full(tiles.rows, -1, np.int32) if assignment is None else assignment
         self.gap = np.full(tiles.rows, -np.inf)
-        self.order = put(np.arange(k, dtype=np.int32), tiles.whole)
+        self.every = put(np.tile(np.arange(tiles.clusters, dtype=np.int32), tiles.parts), tiles.by_clusters)
+        self.order = self.every
         self.limbs, self.loose = None, 0  # exact sums, and how many rows were added since the last carry
         self.work = 0.0
 
     def run(self, centroids: jax.Array, previous: jax.Array | None, with_sums: bool = True) -> int:
-        """Assigns every row to `centroids` f32[K, D]; returns how many changed their cluster.
+        """Assigns every row to `centroids` f32[K, D] (`Tiles.spread`); returns how many changed their cluster.
 
         `previous`: the centroids of the last pass, of which gaps and sums are; None: nothing is known of the rows.
         """
         tiles, fresh = self.tiles, previous is None
         with jax.enable_x64(True):
-            mean, self.single, self.fast = products.directions(centroids, tiles.dtype)
-            told = products.prepare(centroids, centroids if fresh else previous, mean, self.single, self.fast)
+            mean, self.single, self.fast = products.directions(centroids, tiles.dtype, tiles.split)
+            moves = centroids, centroids if fresh else previous
+            told = products.prepare(*moves, mean, self.single, self.fast, tiles.split)
         self.bounds, drift = jax.device_get(told)
         self.centroids = centroids
         prefix = self._reach(drift, fresh)
         if with_sums and (fresh or self.limbs is None):
-            zeros = jax.jit(
-                lambda: jax.numpy.zeros((tiles.shards, self.k, tiles.width), np.int32), out_shardings=tiles.by_rows
-            )
-            self.limbs, fresh = (zeros(), zeros()), True
+            self.limbs, fresh = self._zeros(), True
         wanted = np.logical_or.reduceat(prefix > 0, np.arange(0, tiles.rows, tiles.chunk))
         self.work, moved, waiting = 0.0, 0, None
         if fresh and with_sums:
@@ -74,11 +73,27 @@ class Sweeper:
         if waiting:
             moved += self._finish(*waiting, fresh, with_sums)
         if self.loose:
-            self.limbs, self.loose = products.carry(*self.limbs), 0
-        self.work /= tiles.rows * self.k
+            self.limbs, self.loose = products.carry(*self.limbs, tiles.split), 0
+        self.work /= tiles.rows * tiles.clusters
         moved += int(np.sum(self.assignment < 0))
         self.assignment[self.assignment < 0] = 0  # of length zero, or the only cluster's, and in no tile that was read
         return moved
+
+    def settle(self, centroids: jax.Array) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+        """The next centroids; lengths f64[K] of the sums, and their products with `centroids`, those of this pass."""
+        split = self.tiles.split
+        with jax.enable_x64(True):
+            following, *told = products.settle(*products.total(*self.limbs, split), centroids, split)
+        lengths, dots = jax.device_get(told)
+        return following, lengths[: self.k], dots[: self.k]
+
+    def _zeros(self) -> tuple[jax.Array, jax.Array]:
+        """Limbs of no rows."""
+        tiles = self.tiles
+        shape = tiles.shards, tiles.parts * tiles.clusters, tiles.width
+        there = jax.NamedSharding(tiles.whole.mesh, products.limb_axes(tiles.split))
+        zeros = jax.jit(lambda: jax.numpy.zeros(shape, np.int32), out_shardings=there)
+        return zeros(), zeros()
 
     def _error(self, rows: np.ndarray, single: bool) -> np.ndarray:
         """Rounding bound f64[n] of the scores of some rows: in float32, or in the fast type."""
@@ -94,26 +109,30 @@ class Sweeper:
         return 1.0001 * error + exact.SLACK * width * norms
 
     def _reach(self, drift: np.ndarray, fresh: bool) -> np.ndarray:
-        """How many of the centroids, farthest moved first, each row has to meet: i32[N]; 0 = none. Sets the gaps to
-        what is left of them if the row meets only those."""
-        prefix, k = np.zeros(self.tiles.rows, np.int32), self.k
+        """How many of a device's clusters, farthest moved first, each row has to meet: i32[N]; 0 = none. Sets the gaps
+        to what is left of them if the row meets only those."""
+        prefix, k = np.zeros(self.tiles.rows, np.int32), self.tiles.clusters
         if fresh:
             self.gap[:] = -np.inf
-            prefix[self.norms > 0] = k if k > 1 else 0
+            prefix[self.norms > 0] = k if self.k > 1 else 0
             return prefix
-        order = np.argsort(-drift, kind="stable").astype(np.int32)
-        self.order = put(order, self.tiles.whole)
-        down = drift[order]
+        away = np.full((self.tiles.parts, k), -1.0)  # of what fills up: it comes last
+        away.ravel()[: self.k] = drift[: self.k]
+        order = np.argsort(-away, axis=1, kind="stable").astype(np.int32)
+        self.order = put(order.ravel(), self.tiles.by_clusters)
+        down = np.take_along_axis(away, order, axis=1)
         sizes = np.unique([max(8, -(-k // share)) for share in (16, 8, 4, 2)] + [k])
         sizes = sizes[sizes <= k]
-        after = np.append(down, 0.0)[sizes]  # the farthest move among those that are not met
+        after = np.max(np.pad(down, ((0, 0), (0, 1)))[:, sizes], axis=0)  # the farthest move of those not met
+        farthest = np.argmax(away)
+        first, second = drift[farthest], np.max(np.delete(away, farthest), initial=0.0)
         for begin in range(0, self.tiles.rows, ROWS):
             at = slice(begin, begin + ROWS)
             norms, labels, gap = self.norms[at], self.assignment[at], self.gap[at]
             own = norms * drift[labels]
-            others = np.where(labels == order[0], down[min(1, k - 1)], down[0])
+            others = np.where(labels == farthest, second, first)
             left = gap - (own + norms * others) * (1 + 1e-9)
-            rows = np.flatnonzero((left <= 0) & (norms > 0) & (k > 1))
+            rows = np.flatnonzero((left <= 0) & (norms > 0) & (self.k > 1))
             rest = gap[rows, None] - (own[rows, None] + norms[rows, None] * after) * (1 + 1e-9)
             enough = rest > 0
             enough[:, -1] = True
@@ -128,9 +147,9 @@ class Sweeper:
         start, stop = self.tiles.span(tile)
         prefix, calls = prefix[start:stop], []
         rows = np.flatnonzero(prefix > 0)
-        if np.sum(prefix[rows] * CALLED + APART) > (stop - start) * self.k:
-            self.work += (stop - start) * self.k
-            return [(rows, None, products.nearest(fast, self.fast))]
+        if np.sum(prefix[rows] * CALLED + APART) > (stop - start) * self.tiles.clusters:
+            self.work += (stop - start) * self.tiles.clusters
+            return [(rows, None, products.nearest(fast, self.fast, self.tiles.split))]
         for size in np.unique(prefix[rows]):
             rows = np.flatnonzero(prefix == size)
             self.work += len(rows) * int(size)
@@ -143,7 +162,7 @@ class Sweeper:
         for places, local in self.tiles.blocks(rows):
             own = np.where(places >= 0, np.maximum(self.assignment[start + rows[places]], 0), 0).astype(np.int32)
             lists = (put(part, by_rows) for part in (local, own))
-            yield places, products.against(fast, x, *lists, directions, self.single, order, size)
+            yield places, products.against(fast, x, *lists, directions, self.single, order, size, self.tiles.split)
 
     def _finish(self, tile: int, x: jax.Array, calls: list[tuple], fresh: bool, with_sums: bool) -> int:
         """Takes the results of a tile, decides what they leave open, moves rows between the sums."""
@@ -152,10 +171,10 @@ class Sweeper:
         unsure = [self._take(start, *call, single=False) for call in calls]
         unsure = np.concatenate(unsure) if unsure else np.zeros(0, np.int64)
         if len(unsure) and self.tiles.dtype != np.float32:
-            self.work += len(unsure) * self.k
-            every = put(np.arange(self.k, dtype=np.int32), self.tiles.whole)
+            count = self.tiles.clusters
+            self.work += len(unsure) * count
             self.gap[start + unsure] = np.inf
-            calls = [(unsure, *call) for call in self._meet(x, x, start, unsure, self.single, every, self.k)]
+            calls = [(unsure, *call) for call in self._meet(x, x, start, unsure, self.single, self.every, count)]
             unsure = np.concatenate([self._take(start, *call, single=True) for call in calls])
         if len(unsure):
             self.assignment[start + unsure] = self._decide(x, unsure)
@@ -165,15 +184,16 @@ class Sweeper:
         changed = np.flatnonzero(labels != before)
         if with_sums:
             rows = np.argsort(labels, kind="stable") if fresh else changed  # rows of a cluster find its sum in cache
+            none, split = self.tiles.parts * self.tiles.clusters, self.tiles.split
             jax.block_until_ready(self.limbs)  # those of the tile before: else up to 32 calls keep their tiles on CPUs
             for places, local in self.tiles.blocks(rows):
                 own = places >= 0
-                plus = np.where(own, labels[rows[places]], self.k).astype(np.int32)
-                minus = () if fresh else (np.where(own, before[rows[places]], self.k),)
+                plus = np.where(own, labels[rows[places]], none).astype(np.int32)
+                minus = () if fresh else (np.where(own, before[rows[places]], none),)
                 lists = (put(part.astype(np.int32), self.tiles.by_rows) for part in (local, plus, *minus))
                 if self.loose + len(local) // self.tiles.shards > products.LOOSE:
-                    self.limbs, self.loose = products.carry(*self.limbs), 0
-                self.limbs = products.add_rows(*self.limbs, x, *lists)
+                    self.limbs, self.loose = products.carry(*self.limbs, split), 0
+                self.limbs = products.add_rows(*self.limbs, x, *lists, split=split)
                 self.loose += len(local) // self.tiles.shards
         return len(changed)
 
@@ -201,21 +221,21 @@ class Sweeper:
 
     def _decide(self, x: jax.Array, rows: np.ndarray) -> np.ndarray:
         """Labels i32[n] of rows of a tile by their definition."""
-        size = max(8, 1 << (len(rows) - 1).bit_length())
-        taken = products.take(
-            x, put(np.pad(rows, (0, size - len(rows)), mode="edge").astype(np.int32), self.tiles.whole)
-        )
+        tiles = self.tiles
+        taken = products.take(x, put(power_of_two(rows), tiles.whole), products.row_axes(tiles.split))
         if jax.devices()[0].platform == "tpu":  # no float64
             wide = np.asarray(taken[: len(rows)])
-            return exact.decide(wide, np.linalg.norm(wide.astype(np.float64), axis=1), np.asarray(self.centroids))
+            return exact.decide(wide, np.linalg.norm(wide.astype(np.float64), axis=1), tiles.gather(self.centroids))
         with jax.enable_x64(True):
-            near = np.asarray(products.near(taken, self.centroids))[: len(rows)]
+            near = np.asarray(products.near(taken, self.centroids, tiles.split))[: len(rows), : self.k]
         out = np.argmax(near, axis=1).astype(np.int32)
         tied = np.flatnonzero(np.sum(near, axis=1) > 1)
         if len(tied):
-            wide, every = np.asarray(taken), np.asarray(self.centroids)
+            named = np.flatnonzero(np.any(near[tied], axis=0))
+            wide, held = np.asarray(taken), tiles.gather(self.centroids, named)
             for row in tied:
                 mine = np.flatnonzero(near[row])
-                sums = np.sum(wide[row].astype(np.float64) * every[mine].astype(np.float64), axis=1)
+                others = held[np.searchsorted(named, mine)]
+                sums = np.sum(wide[row].astype(np.float64) * others.astype(np.float64), axis=1)
                 out[row] = mine[np.argmax(sums)]
         return out

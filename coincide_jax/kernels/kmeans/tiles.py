@@ -14,8 +14,10 @@ import numpy as np
 from coincide_jax.kernels.kmeans import products
 from coincide_jax.kernels.kmeans.exact import LARGEST, grid
 
-CENTROID_BYTES = 80  # on a device for each number of the centroids, at most (`kmeans.fit` says of what)
+CENTROID_BYTES = 80  # on a device for each number of the centroids it has, at most (`kmeans` says of what)
+SPLIT = 0.25  # of a device's memory: what takes more for the centroids has them shared by the mesh axis 'model'
 CPU_MEMORY = 4 << 30  # bytes for features on CPUs, where there is no device memory to ask for
+GATHERED = 64 << 20  # bytes of shared centroids that are brought to every device at a time, on their way to the host
 SIZES = (128, 512)  # rows a device of one call for chosen rows
 
 
@@ -45,8 +47,22 @@ def fast_dtype(choice: str = "auto"):
     return jnp.dtype(jnp.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else jnp.float32)
 
 
+def device_limit() -> int:
+    """Bytes of memory of a device; what is taken for it on CPUs."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", CPU_MEMORY)
+
+
+def parts(wide: int, k: int, width: int, limit: float, split: bool | None = None) -> int:
+    """How many devices share the clusters, 1 = each has all: the `wide` of the mesh axis 'model' where one device of
+    `limit` bytes had to give more than `SPLIT` of them to all clusters, or as `split` says."""
+    if split is None:
+        split = CENTROID_BYTES * k * width > SPLIT * limit
+    return wide if split else 1
+
+
 def device_memory(k: int, width: int) -> int:
-    """Bytes for features on all devices: what the devices have, less 80 bytes for each number of the centroids."""
+    """Bytes for features on all devices: what the devices have, less 80 bytes for each number of the `k` centroids that
+    a device has."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_MEMORY
@@ -54,7 +70,7 @@ def device_memory(k: int, width: int) -> int:
 
 
 def free(limit: float, used: float, k: int, width: int) -> int:
-    """Bytes for features on one device that has `limit`, of which `used` are taken."""
+    """Bytes for features on one device that has `limit`, of which `used` are taken, and `k` centroids."""
     return int(max(0.9 * limit - used - CENTROID_BYTES * k * width, limit // 16))
 
 
@@ -68,7 +84,8 @@ class Tiling(NamedTuple):
 
 
 def tiling(rows: int, width: int, k: int, chunk: int, shards: int, stored, fast, memory: float) -> Tiling:
-    """Cuts `rows` of the type `stored`, with products in the type `fast`, for `memory` bytes on `shards` devices."""
+    """Cuts `rows` of the type `stored`, with products in the type `fast`, for `memory` bytes on the `shards` devices
+    that share them, each of which has `k` clusters."""
     row = row_bytes(width, stored, fast)
     # a tile in work: its rows three times over (two are on their way), and what is made of them
     chunk = max(min(chunk, rows, int(memory // 2) // (3 * row + work_bytes(width, k))), 1)
@@ -96,27 +113,66 @@ def put(array: np.ndarray, sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def power_of_two(rows: np.ndarray, least: int = 8) -> np.ndarray:
+    """Numbers i32[m] of rows, the last one repeated up to a power of two: so that few programs are compiled."""
+    size = max(least, 1 << (len(rows) - 1).bit_length())
+    return np.pad(rows, (0, size - len(rows)), mode="edge").astype(np.int32)
+
+
 class Tiles:
     """`(x, fast)` of each tile of C rows: f16|f32[C, D] as stored, and the same in the type of fast products.
 
     Attributes:
       per: rows a device of a tile. chunk: rows of a tile over all devices, C. count: tiles. resident: kept?
+      shards: devices that share the rows. split: as in `products`; parts: devices that share the clusters, 1 = each has
+      all; clusters: how many a device has.
     """
 
-    def __init__(self, features, k: int, chunk: int, dtype, memory: int = 0, on_tile: OnTile | None = None):
-        """`memory`: bytes for features on all devices; 0 = what they have free. `on_tile`: called by every pass."""
+    def __init__(
+        self,
+        features,
+        k: int,
+        chunk: int,
+        dtype,
+        memory: int = 0,
+        on_tile: OnTile | None = None,
+        split: bool | None = None,
+    ):
+        """`memory`: bytes for features on all devices; 0 = what they have free. `on_tile`: called by every pass.
+        `split`: whether the clusters are shared; None: see `parts`."""
         mesh = jax.sharding.get_mesh()
-        self.features, self.dtype, self.shards = features, jnp.dtype(dtype), mesh.size
+        self.features, self.dtype, self.k = features, jnp.dtype(dtype), k
         self.rows, self.width = features.shape
-        self.by_rows, self.whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P(products.AXES), jax.P()))
+        self.parts = parts(mesh.shape[products.SHARED], k, self.width, device_limit(), split)
+        self.shards, self.clusters = mesh.size // self.parts, -(-k // self.parts)
+        self.split = k if self.parts > 1 else 0
+        specs = jax.P(products.row_axes(self.split)), products.cluster_axes(self.split), jax.P()
+        self.by_rows, self.by_clusters, self.whole = (jax.NamedSharding(mesh, spec) for spec in specs)
         stored = jnp.dtype(jnp.float16 if features.dtype == np.float16 else jnp.float32)
-        memory = memory or device_memory(k, self.width)
-        cut = tiling(self.rows, self.width, k, chunk, self.shards, stored, self.dtype, memory)
+        memory = memory or device_memory(self.clusters, self.width)
+        cut = tiling(self.rows, self.width, self.clusters, chunk, self.shards, stored, self.dtype, memory / self.parts)
         self.per, self.chunk, self.count, self.resident = cut
         self.on_tile = on_tile or (lambda *_: None)
         self.kept: list = [None] * self.count
         self.measured: tuple[np.ndarray, np.ndarray] | None = None
         self._same = stored == self.dtype
+
+    def spread(self, centroids: np.ndarray) -> jax.Array:
+        """Centroids f32[K, D] on the devices, filled up with zeros where they are shared."""
+        more = self.parts * self.clusters - len(centroids)
+        return put(np.pad(centroids, ((0, more), (0, 0))) if more else centroids, self.by_clusters)
+
+    def gather(self, centroids: jax.Array, chosen: np.ndarray | None = None) -> np.ndarray:
+        """Centroids f32[K, D] of the devices on the host of every process, or the chosen ones of them."""
+        if not self.split:
+            return np.asarray(centroids) if chosen is None else np.asarray(centroids)[chosen]
+        chosen = np.arange(self.k) if chosen is None else chosen
+        out, most = np.empty((len(chosen), self.width), np.float32), max(GATHERED // (4 * self.width), 1)
+        for begin in range(0, len(chosen), most):
+            part = chosen[begin : begin + most]
+            rows = put(power_of_two(part), self.whole)
+            out[begin : begin + most] = np.asarray(products.take(centroids, rows, (products.SHARED,)))[: len(part)]
+        return out
 
     def span(self, tile: int) -> tuple[int, int]:
         """First row of a tile and the row after its last."""
@@ -128,14 +184,19 @@ class Tiles:
         if hasattr(self.features, "on_devices"):  # rows that are made on the devices
             x = self.features.on_devices(first, self.chunk, self.by_rows)
         else:
-            x = jax.make_array_from_callback(
-                (self.chunk, self.width), self.by_rows, lambda at: self._read(first, at[0])
-            )
+            held: dict = {}  # devices that share the clusters want the same rows
+
+            def read(at: tuple) -> np.ndarray:
+                begin, end, _ = at[0].indices(self.chunk)
+                if (begin, end) not in held:
+                    held[begin, end] = self._read(first + begin, first + end)
+                return held[begin, end]
+
+            x = jax.make_array_from_callback((self.chunk, self.width), self.by_rows, read)
         return x, x if self._same else _cast(x, self.dtype)
 
-    def _read(self, first: int, at: slice) -> np.ndarray:
-        begin, end, _ = at.indices(self.chunk)
-        x = grid(self.features[first + begin : min(first + end, self.rows)]) if first + begin < self.rows else None
+    def _read(self, begin: int, end: int) -> np.ndarray:
+        x = grid(self.features[begin : min(end, self.rows)]) if begin < self.rows else None
         if x is None:
             stored = np.float16 if self.features.dtype == np.float16 else np.float32
             return np.zeros((end - begin, self.width), stored)
@@ -191,9 +252,9 @@ class Tiles:
         for tile, x, fast in self.read(np.ones(self.count, bool), "tiles measured"):
             start, stop = self.span(tile)
             with jax.enable_x64(True):
-                found = products.inspect(x, fast, x.dtype != np.float16)
+                found = products.inspect(x, fast, x.dtype != np.float16, self.split)
                 if x.dtype == np.float16 and not np.max(jax.device_get(found[0])) < products.EXACT:
-                    found = products.inspect(x, fast, True)
+                    found = products.inspect(x, fast, True, self.split)
                 length, cast, largest = jax.device_get(found)
             largest = largest[: stop - start]
             bad = np.flatnonzero(~(largest <= LARGEST))
