@@ -133,19 +133,70 @@ def _two_best(scores):
     return best[:, 0], top[:, 0], second
 
 
+def _three_best(scores, number):
+    """Of each row's scores f32[R, n] of the clusters `number` i32[1 or R, n]: the smallest number with the largest
+    score and that score, the same of the others, and the third largest score."""
+    none = jnp.iinfo(jnp.int32).max
+    top = jnp.max(scores, axis=1, keepdims=True)
+    best = jnp.min(jnp.where(scores == top, number, none), axis=1, keepdims=True)
+    others = jnp.where(number == best, -jnp.inf, scores)
+    second = jnp.max(others, axis=1, keepdims=True)
+    rival = jnp.min(jnp.where(others == second, number, none), axis=1, keepdims=True)
+    third = jnp.max(jnp.where(number == rival, -jnp.inf, others), axis=1)
+    return best[:, 0], top[:, 0], rival[:, 0], second[:, 0], third
+
+
 @functools.partial(jax.jit, static_argnames="split")
 def nearest(x, directions, split: int = 0):
-    """Two best of every row of a tile: f[C, D], blocks of f[K, D] → index i32[C], best and second best score f32[C]."""
+    """Best clusters of every row of a tile: f[C, D], blocks of f[K, D] → the best cluster i32[C] and its score f32[C],
+    the second best and its score, the third best score."""
 
     def local(x, directions):
         scores = _product(x, directions)
+        number = names(scores.shape[1], split)[None, :]
         if not split:
-            return everywhere(*_two_best(scores))
-        here = names(scores.shape[1], split)
-        best, top, second = _two_best(jnp.where(here[None, :] < split, scores, -jnp.inf))
-        return everywhere(*best_of_all(here.at[best].get(mode="clip"), top, second), split=split)
+            return everywhere(*_three_best(scores, number))
+        best, top, rival, second, third = _three_best(jnp.where(number < split, scores, -jnp.inf), number)
+        listed = (jnp.stack(pair, axis=1) for pair in ((top, second), (best, rival)))
+        scores, number = (jax.lax.all_gather(part, SHARED, axis=1, tiled=True) for part in listed)
+        *found, last = _three_best(scores, number)
+        return everywhere(*found, jnp.maximum(last, jax.lax.pmax(third, SHARED)), split=split)
 
     return over_rows(local, "rk", split=split)(x, directions)
+
+
+def _chosen_scores(stored, chosen, single, split: int):
+    """Scores f32[n, m] of rows f[n, D] with some clusters i32[n, m] each, of float32 products; inside `over_rows`."""
+
+    def score(row, cluster):
+        terms = (
+            jnp.sum(part.astype(jnp.float32) * directions.at[cluster].get(mode="clip"))
+            for part, directions in zip(_columns(row, single), single, strict=True)
+        )
+        # the barrier keeps the two sums apart, as the bound on their rounding has them
+        return jnp.sum(jax.lax.optimization_barrier(jnp.stack(list(terms))))
+
+    def scores(row, clusters):
+        return jnp.stack([score(row, clusters[place]) for place in range(chosen.shape[1])])
+
+    def in_cache(stored, here):  # six times as fast as all rows at once
+        return jax.lax.map(lambda pair: scores(*pair), (stored, here), batch_size=16)
+
+    here = _here(chosen, len(single[0]), split)
+    found = jax.lax.platform_dependent(stored, here, cpu=in_cache, default=jax.vmap(scores))
+    # a cluster is on one device
+    return jax.lax.psum(jnp.where(here < len(single[0]), found, 0.0), SHARED) if split else found
+
+
+@functools.partial(jax.jit, static_argnames="split")
+def between(stored, rows, chosen, single, split: int = 0):
+    """Some rows against two clusters each: f[C, D] a tile as stored, i32[S·B] rows within their device's part of it,
+    i32[S·B, 2], blocks of f32[K, D] → scores f32[S·B, 2] of float32 products."""
+
+    def local(stored, rows, chosen, single):
+        return everywhere(_chosen_scores(stored.at[rows].get(mode="clip"), chosen, single, split), split=split)[0]
+
+    return over_rows(local, "rrrk", split=split)(stored, rows, chosen, single)
 
 
 @functools.partial(jax.jit, static_argnames=("prefix", "split"))
@@ -162,34 +213,20 @@ def against(x, stored, rows, own, directions, single, order, prefix: int, split:
       float32 products.
     """
 
-    def own_score(stored, own, single):
-        terms = (
-            jnp.sum(row.astype(jnp.float32) * part.at[own].get(mode="clip"))
-            for row, part in zip(_columns(stored, single), single, strict=True)
-        )
-        # the barrier keeps the two sums apart, as the bound on their rounding has them
-        return jnp.sum(jax.lax.optimization_barrier(jnp.stack(list(terms))))
-
-    def in_cache(stored, own, single):  # six times as fast as all rows at once
-        return jax.lax.map(lambda pair: own_score(*pair, single), (stored, own), batch_size=16)
-
     def local(x, stored, rows, own, directions, single, order):
         x, stored = x.at[rows].get(mode="clip"), stored.at[rows].get(mode="clip")
-        whole, count = jax.vmap(own_score, (0, 0, None)), len(order)
-        score = jax.lax.platform_dependent(stored, _here(own, count, split), single, cpu=in_cache, default=whole)
-        chosen, every = order[:prefix], prefix == count
+        score = _chosen_scores(stored, own[:, None], single, split)[:, 0]
+        chosen, every = order[:prefix], prefix == len(order)
         others = directions if every else tuple(part.at[chosen].get(mode="clip") for part in directions)
         here = names(prefix, 0) if every else chosen
         if not split:
             scores = jnp.where(here[None, :] == own[:, None], -jnp.inf, _product(x, others))
             best, top, second = _two_best(scores)
             return everywhere(here.at[best].get(mode="clip"), top, second, score)
-        here = here + _first(count, split)
+        here = here + _first(len(order), split)
         met = (here[None, :] != own[:, None]) & (here[None, :] < split)
         best, top, second = _two_best(jnp.where(met, _product(x, others), -jnp.inf))
-        found = best_of_all(here.at[best].get(mode="clip"), top, second)
-        score = jax.lax.psum(jnp.where(_here(own, count, split) < count, score, 0.0), SHARED)  # of one device
-        return everywhere(*found, score, split=split)
+        return everywhere(*best_of_all(here.at[best].get(mode="clip"), top, second), score, split=split)
 
     return over_rows(local, "rrrrkkk", split=split)(x, stored, rows, own, directions, single, order)
 
@@ -424,7 +461,10 @@ def inspect(x, fast, ordered: bool, split: int = 0):
 
     def of(x, fast):
         single = x.astype(jnp.float32)
-        lost = single - fast.astype(jnp.float32)
+        if fast.dtype == jnp.bfloat16:  # the same rounding; CPUs read arrays of this type several times slower
+            lost = single - jax.lax.reduce_precision(single, exponent_bits=8, mantissa_bits=7)
+        else:
+            lost = single - fast.astype(jnp.float32)
         plain = jnp.sum((single * single).astype(jnp.float64), axis=-1)  # of float16 numbers exact products
         lost = jnp.sqrt(jnp.sum((lost * lost).astype(jnp.float64), axis=-1)) * (1 + 1e-6)
         return plain, lost, jnp.max(jnp.abs(single), axis=-1)

@@ -8,12 +8,15 @@ they differ by more than twice
 
     err = ‖x‖ e_d + ‖x̃ − x‖ (r + e_d) + a (‖x‖ + ‖x̃ − x‖)(r + e_d) + 1e-14 D ‖x‖,
 
-x̃ the row and d̃ a direction (centroid less the mean) in the fast type, r the longest direction, e_d = max ‖d̃ − d‖, both
-measured, and a `products.accumulation`. (Scores of the own centroid, where it is met apart, are of float32 products,
-whose bound is no larger for D below 2^20.) Rows within it are repeated in float32 (x̃ = x, a smaller e_d), rows within
-float32's own bound in float64, and what float64 products cannot order is summed in one order on the host: the label is
-always the one that `exact` defines, whatever was skipped, on any device, with tiles of any size.
+x̃ the row and d̃ a direction (centroid less the mean) in the fast type, r the longest direction, e_d = max ‖d̃ − d‖,
+both measured, and a `products.accumulation`. (Scores of the own centroid, where it is met apart, are of float32
+products, whose bound is no larger for D below 2^20.) Rows within it are repeated in float32 (x̃ = x, a smaller e_d),
+with two clusters where all others lie beyond it, else with all; rows within float32's own bound in float64, and what
+float64 products cannot order is summed in one order on the host: the label is always the one that `exact` defines,
+whatever was skipped, on any device, with tiles of any size.
 """
+
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +28,14 @@ ROWS = 1 << 15  # whose prefixes are chosen at a time
 # Products with chosen rows cost so many times those of a whole tile, and each row the time of so many more products
 # (its copy, and its own score). Measured on a CPU; a wrong one costs time, not labels.
 CALLED, APART = 1.2, 256
+
+
+class Pairs(NamedTuple):
+    """Rows of a tile i[n] that belong to the first or the second of two clusters i[n]."""
+
+    rows: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
 
 
 class Sweeper:
@@ -168,14 +179,16 @@ class Sweeper:
         """Takes the results of a tile, decides what they leave open, moves rows between the sums."""
         start, stop = self.tiles.span(tile)
         before = self.assignment[start:stop].copy()
-        unsure = [self._take(start, *call, single=False) for call in calls]
-        unsure = np.concatenate(unsure) if unsure else np.zeros(0, np.int64)
-        if len(unsure) and self.tiles.dtype != np.float32:
+        unsure, pairs = self._take_all(start, calls, single=self.tiles.dtype == np.float32)
+        again, unsure = (unsure, unsure[:0]) if self.tiles.dtype != np.float32 else (unsure[:0], unsure)
+        if len(pairs.rows):
+            unsure = self._between(x, start, pairs)
+        if len(again):
             count = self.tiles.clusters
-            self.work += len(unsure) * count
-            self.gap[start + unsure] = np.inf
-            calls = [(unsure, *call) for call in self._meet(x, x, start, unsure, self.single, self.every, count)]
-            unsure = np.concatenate([self._take(start, *call, single=True) for call in calls])
+            self.work += len(again) * count
+            self.gap[start + again] = np.inf
+            calls = [(again, *call) for call in self._meet(x, x, start, again, self.single, self.every, count)]
+            unsure = np.concatenate([unsure, self._take_all(start, calls, single=True)[0]])
         if len(unsure):
             self.assignment[start + unsure] = self._decide(x, unsure)
             self.gap[start + unsure] = 0.0
@@ -197,26 +210,53 @@ class Sweeper:
                 self.loose += len(local) // self.tiles.shards
         return len(changed)
 
-    def _take(self, start: int, rows: np.ndarray, places, found, *, single: bool) -> np.ndarray:
-        """Labels and gaps from one call's results; returns the rows of the tile that stay open."""
+    def _take_all(self, start: int, calls: list[tuple], *, single: bool) -> tuple[np.ndarray, Pairs]:
+        """Labels and gaps from the results of calls; returns the rows of the tile that stay open, and those of which
+        only two clusters do (`single`: among the first)."""
+        open_, pairs = [np.zeros(0, np.int64)], [Pairs(*np.zeros((3, 0), np.int64))]
+        for call in calls:
+            rows, two = self._take(start, *call, single=single)
+            open_.append(rows)
+            pairs.append(two)
+        return np.concatenate(open_), Pairs(*map(np.concatenate, zip(*pairs, strict=True)))
+
+    def _take(self, start: int, rows: np.ndarray, places, found, *, single: bool) -> tuple[np.ndarray, Pairs]:
+        """`_take_all` of one call."""
         found = [np.asarray(value) for value in jax.device_get(found)]
         if places is None:  # a whole tile met all centroids
-            best, top, second = (value[rows] for value in found)
-            margin = top.astype(np.float64) - second
-            label, rest = best, np.inf
+            label, top, rival, second, third = (value[rows] for value in found)
+            margin, beyond, rest = top.astype(np.float64) - second, top.astype(np.float64) - third, np.inf
         else:
             mine = places >= 0
             rows = rows[places[mine]]
             best, top, second, score = (value[mine].astype(np.float64) for value in found)
             own = np.maximum(self.assignment[start + rows], 0)
             stays = score >= top
-            label = np.where(stays, own, best).astype(np.int32)
+            label, rival = np.where(stays, (own, best), (best, own)).astype(np.int32)
             margin = np.where(stays, score - top, top - np.maximum(score, second))
+            # the rival of a row whose two best are both others has no number here
+            beyond = np.where(score >= second, np.maximum(score, top) - second, -np.inf)
             rest = self.gap[start + rows]
-        where = start + rows
-        margin = margin - 2.0 * self._error(where, single)
+        where, error = start + rows, 2.0 * self._error(start + rows, single)
+        margin, beyond = margin - error, beyond - error
+        two = (margin <= 0) & (beyond > 0) & (not single)
         self.assignment[where] = label  # of a row that stays open: for now
-        self.gap[where] = np.minimum(margin, rest)
+        self.gap[where] = np.minimum(np.where(two, beyond, margin), rest)
+        return rows[(margin <= 0) & ~two], Pairs(rows[two], label[two], rival[two])
+
+    def _between(self, x: jax.Array, start: int, pairs: Pairs) -> np.ndarray:
+        """Labels and gaps of rows of a tile between two clusters each, in float32; returns the rows that stay open."""
+        rows, chosen = pairs.rows, np.stack(pairs[1:], axis=1).astype(np.int32)
+        scores = np.zeros(chosen.shape)
+        for places, local in self.tiles.blocks(rows):
+            lists = (put(part, self.tiles.by_rows) for part in (local, chosen[places]))
+            found = np.asarray(products.between(x, *lists, self.single, self.tiles.split))
+            scores[places[places >= 0]] = found[places >= 0]
+        self.work += 2 * len(rows)
+        where, margin = start + rows, scores[:, 0] - scores[:, 1]
+        self.assignment[where] = np.where(margin > 0, chosen[:, 0], chosen[:, 1])
+        margin = np.abs(margin) - 2.0 * self._error(where, single=True)
+        self.gap[where] = np.minimum(self.gap[where], margin)
         return rows[margin <= 0]
 
     def _decide(self, x: jax.Array, rows: np.ndarray) -> np.ndarray:
