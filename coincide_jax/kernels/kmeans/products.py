@@ -64,9 +64,9 @@ def everywhere(*values, split: int = 0):
     return tuple(jax.lax.all_gather(value, row_axes(split), tiled=True) for value in values)
 
 
-def _first(count: int, split: int):
-    """The number of the first of a device's `count` clusters; inside `over_rows`."""
-    return jax.lax.axis_index(SHARED) * count if split else 0
+def _first(count: int):
+    """The number of the first of a device's `count` shared clusters; inside `over_rows`."""
+    return jax.lax.axis_index(SHARED) * count
 
 
 def _here(clusters, count: int, split: int):
@@ -74,13 +74,14 @@ def _here(clusters, count: int, split: int):
     place would be counted from the end.)"""
     if not split:
         return clusters
-    place = clusters - _first(count, split)
+    place = clusters - _first(count)
     return jnp.where((place >= 0) & (place < count), place, count)
 
 
 def names(count: int, split: int):
     """Numbers i32[count] of this device's clusters; from `split` on they are those that fill up. Inside `over_rows`."""
-    return _first(count, split) + jnp.arange(count, dtype=jnp.int32)
+    here = jnp.arange(count, dtype=jnp.int32)
+    return _first(count) + here if split else here
 
 
 def _every(found, split: int):
@@ -223,7 +224,7 @@ def against(x, stored, rows, own, directions, single, order, prefix: int, split:
             scores = jnp.where(here[None, :] == own[:, None], -jnp.inf, _product(x, others))
             best, top, second = _two_best(scores)
             return everywhere(here.at[best].get(mode="clip"), top, second, score)
-        here = here + _first(len(order), split)
+        here = here + _first(len(order))
         met = (here[None, :] != own[:, None]) & (here[None, :] < split)
         best, top, second = _two_best(jnp.where(met, _product(x, others), -jnp.inf))
         return everywhere(*best_of_all(here.at[best].get(mode="clip"), top, second), score, split=split)
