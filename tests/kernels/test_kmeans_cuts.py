@@ -360,6 +360,61 @@ def test_bounds_hold_for_every_score():
         )
 
 
+@pytest.mark.parametrize(("count", "model", "split"), [(1, 1, None), (8, 4, True), (2, 2, True)])
+def test_two_clusters_that_are_left_are_met_alone(count, model, split, monkeypatch, one):
+    """Rows between two clusters go to `between`, most of them leave it with a label, and the result is that of float32
+    products; the third best of a row is below both by more than their rounding."""
+    met, left = [], []
+    between = sweep.Sweeper._between
+
+    def counted(self, x, start, pairs):
+        open_ = between(self, x, start, pairs)
+        met.append(len(pairs.rows))
+        left.append(len(open_))
+        x, chosen = self.tiles.features[start + pairs.rows], np.stack(pairs[1:], axis=1)
+        scores = x.astype(np.float64) @ self.tiles.gather(self.centroids).astype(np.float64).T
+        best = np.sort(np.argsort(-scores, axis=1)[:, :2], axis=1)
+        assert np.array_equal(best, np.sort(chosen, axis=1))
+        decided = ~np.isin(pairs.rows, open_)
+        assert np.array_equal(np.argmax(scores, axis=1)[decided], self.assignment[start + pairs.rows][decided])
+        ordered = np.sort(scores, axis=1)
+        assert np.all(self.gap[start + pairs.rows] <= ordered[:, -1] - ordered[:, -2] + 1e-12)
+        return open_
+
+    monkeypatch.setattr(sweep.Sweeper, "_between", counted)
+    same(fit(drawn(), count=count, model=model, split=split, product="bfloat16"), one)
+    assert sum(met) > 100 and sum(left) < sum(met)
+
+
+@pytest.mark.parametrize(("count", "model"), [(1, 1), (4, 4), (8, 2)])
+def test_three_best_of_all_clusters(count, model):
+    rng = np.random.default_rng(2)
+    x, centroids = rng.normal(size=(16, 8)).astype(np.float32), rng.normal(size=(11, 8)).astype(np.float32)
+    centroids[7], centroids[10] = centroids[2], centroids[2]  # ties, in several shards
+    x[::2] += 2 * centroids[2]
+    with devices(count, model):
+        held = tiles.Tiles(x, 11, 16, np.float32, split=model > 1)
+        found = products.nearest(held.load(0)[0], (held.spread(centroids),), held.split)
+    scores = np.einsum("nd,kd->nk", x, centroids)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :3]
+    wanted = np.take_along_axis(scores, order, axis=1)
+    assert np.any(order[:, 0] == 2) and np.any(order[:, 0] != 2)
+    np.testing.assert_array_equal(np.stack(jax.device_get((found[0], found[2])), axis=1), order[:, :2])
+    np.testing.assert_allclose(np.stack(jax.device_get((found[1], *found[3:])), axis=1), wanted, rtol=1e-5)
+
+
+def test_what_bfloat16_loses_is_what_the_cast_loses():
+    rng = np.random.default_rng(6)
+    wide = (rng.normal(size=(40, 300)) * 10.0 ** rng.uniform(-8, 1, (40, 300))).astype(np.float32)
+    for x in (wide, np.clip(wide, -16, 16).astype(np.float16)):
+        with devices(1), jax.enable_x64(True):
+            there = tiles.put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(products.AXES)))
+            fast = there.astype(jnp.bfloat16)
+            lost = np.asarray(products.inspect(there, fast, True)[1])
+        true = np.linalg.norm(x.astype(np.float64) - np.asarray(fast, np.float64), axis=1)
+        assert np.all(lost >= true) and np.allclose(lost, true, rtol=1e-5) and np.all(true > 0)
+
+
 def test_contractions_of_many_blocks_change_nothing(monkeypatch):
     x = drawn(rows=400, width=130)
     wanted = [fit(x, k=k, product="float32", chunk=400) for k in (2, 17)]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from coincide_jax.kernels.kmeans import products
 from coincide_jax.kernels.kmeans.exact import LARGEST, grid
@@ -44,12 +45,20 @@ def fast_dtype(choice: str = "auto"):
         return jnp.dtype(jnp.bfloat16 if platform == "tpu" else jnp.float16)
     told = pathlib.Path("/proc/cpuinfo")
     flags = set(told.read_text(encoding="utf-8").split()) if told.exists() else set()
-    return jnp.dtype(jnp.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if _least(bool(flags & {"avx512_bf16", "amx_bf16"})) else jnp.float32)
+
+
+def _least(number: int) -> int:
+    """The least of what the processes found, below 2^31: they cut rows alike, and run the same programs."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.min(multihost_utils.process_allgather(np.int32(number))))
 
 
 def device_limit() -> int:
-    """Bytes of memory of a device; what is taken for it on CPUs."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", CPU_MEMORY)
+    """Bytes of memory of a device, the smallest of all processes'; what is taken for it on CPUs."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return _least(stats.get("bytes_limit", CPU_MEMORY) >> 20) << 20
 
 
 def parts(wide: int, k: int, width: int, limit: float, split: bool | None = None) -> int:
@@ -66,7 +75,8 @@ def device_memory(k: int, width: int) -> int:
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_MEMORY
-    return free(stats["bytes_limit"], stats.get("bytes_in_use", 0), k, width) * jax.device_count()
+    here = free(stats["bytes_limit"], stats.get("bytes_in_use", 0), k, width)
+    return (_least(here >> 20) << 20) * jax.device_count()
 
 
 def free(limit: float, used: float, k: int, width: int) -> int:
