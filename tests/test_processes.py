@@ -20,8 +20,9 @@ N, WIDTH, K = 900, 80, 12
 FILES = ("cluster/centroids.npy", "cluster/assignment.npy", "select/indices.npy", "select/clusters.parquet")
 
 
-def start(count: int, devices: int, arguments, module=("-m", "coincide_jax.main")) -> list[subprocess.Popen]:
-    """`count` processes of so many devices each; all that one says goes to its `stdout`."""
+def start(count: int, devices: int, arguments, module=("-m", "coincide_jax.main"), each=()) -> list[subprocess.Popen]:
+    """`count` processes of so many devices each; all that one says goes to its `stdout`. `each`: more arguments of each
+    of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -29,7 +30,7 @@ def start(count: int, devices: int, arguments, module=("-m", "coincide_jax.main"
     lines = [[sys.executable, *module, *arguments, f"--coordinator=localhost:{port}", f"--processes={count}"]] * count
     return [
         subprocess.Popen(
-            [*line, f"--process={index}"], cwd=command.ROOT, env=settings, text=True,
+            [*line, f"--process={index}", *(each[index] if each else ())], cwd=command.ROOT, env=settings, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for index, line in enumerate(lines)
@@ -89,6 +90,13 @@ def test_an_error_of_the_one_that_works_alone_ends_all(features, tmp_path):
     (tmp_path / "w" / "select").write_text("in the way")
     statuses, said = end(start(2, 1, arguments(features, tmp_path / "w")), 60)
     assert statuses == [2, 2] and all("select" in text and "coincide: " in text for text in said), said
+
+
+def test_another_command_is_refused(features, tmp_path):
+    running = start(2, 1, arguments(features, tmp_path / "w"), each=([], ["--config.cluster.k=11"]))
+    statuses, said = end(running, 60)
+    assert statuses[1] == 2 and "cluster.k is 11 in this process and 12 in process 0" in said[1], said
+    assert statuses[0] != 0
 
 
 SHARDS = """

@@ -78,6 +78,14 @@ def let_programs_go() -> None:
         jax.clear_caches()
 
 
+def same_command(config: ConfigDict, **rest) -> None:
+    """Raises `UserError` in a process that was given another command than process 0: they would wait for each other."""
+    mine = json.loads(json.dumps(flatten(config) | rest))
+    for key, value in processes.led(lambda: mine).items():
+        if mine.get(key) != value:
+            raise UserError(f"{key} is {mine.get(key)} in this process and {value} in process 0; give all one command")
+
+
 def run_row(
     config, workdir: Path, mesh, *, shared: dict[str, Path], names: Sequence[str], force: str | None, command
 ) -> dict[str, Path]:
@@ -179,6 +187,7 @@ def run(
       UserError: unknown stage, workdir in use, not writable or made with another config, whatever a stage finds wrong.
     """
     processes.join()
+    same_command(config, stages=stages, last=last, force=force, workdir=str(workdir))
     for name in [*stages, *([force] if force else [])]:
         if name not in NAMES:
             raise unknown("stage", name, NAMES)
