@@ -79,11 +79,15 @@ def let_programs_go() -> None:
 
 
 def same_command(config: ConfigDict, **rest) -> None:
-    """Raises `UserError` in a process that was given another command than process 0: they would wait for each other."""
-    mine = json.loads(json.dumps(flatten(config) | rest))
-    for key, value in processes.led(lambda: mine).items():
-        if mine.get(key) != value:
-            raise UserError(f"{key} is {mine.get(key)} in this process and {value} in process 0; give all one command")
+    """Raises `UserError` where processes were given different commands: they would wait for each other."""
+    first, *others = processes.told(flatten(config) | rest)
+    for index, given in enumerate(others, 1):
+        for key in first.keys() | given.keys():
+            if first.get(key) != given.get(key):
+                raise UserError(
+                    f"{key} is {given.get(key)} in process {index} and {first.get(key)} in process 0; give all the "
+                    "same command"
+                )
 
 
 def run_row(
