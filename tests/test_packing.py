@@ -156,7 +156,7 @@ def test_a_packed_run_is_the_plain_run(mean, runs):
 
 
 def test_the_mean_of_micro_batches_is_another_one(few_shapes, tmp_path, monkeypatch):
-    """By hand from the records' sums: each micro-batch of the order drawn weighs the same, one that is half empty too."""
+    """By hand from the records' sums: each micro-batch of the order drawn weighs the same, a half-empty one too."""
     mesh, losses, plans, planned = one_device(), {}, [], batches.planned
     monkeypatch.setattr(batches, "planned", lambda data, plan, **how: plans.append(plan) or planned(data, plan, **how))
     for mean in ("tokens", "micro_batch"):
