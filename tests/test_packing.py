@@ -16,6 +16,8 @@ from coincide_jax.dataset import batches
 from coincide_jax.models import layers, vlm
 from coincide_jax.training import steps as compiled
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DATA = Synthetic()
 LENGTH = 48  # of a row: up to four records
 

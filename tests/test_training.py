@@ -28,6 +28,8 @@ from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.state import Schedule
 from configs import common
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def assert_equal(one, two):
     jax.tree.map(np.testing.assert_array_equal, one, two)

@@ -14,6 +14,8 @@ from coincide_jax.core import axes
 from coincide_jax.core.precision import choose
 from coincide_jax.models import decoder, layers, lora, loss, rope, vlm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TORCH = [family for family in families.OURS if family != "openelm"]
 PREFIXES = {"language_model.": ""}
 RANK, SCALE, ROWS = 3, 1.5, 4

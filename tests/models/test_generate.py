@@ -16,6 +16,8 @@ from coincide_jax.core.errors import UserError
 from coincide_jax.core.precision import Precision
 from coincide_jax.models import generate, vlm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 NEW, LONG = 6, 64
 FAMILIES = {
     "llama": {},

@@ -13,6 +13,8 @@ from coincide_jax.core import precision
 from coincide_jax.core.errors import UserError
 from coincide_jax.models import decoder, lora, vlm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TARGETS = tuple(decoder.PROJECTIONS)
 
 

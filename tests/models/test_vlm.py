@@ -15,6 +15,8 @@ from coincide_jax.core.errors import UserError
 from coincide_jax.core.precision import Precision
 from coincide_jax.models import decoder, vision, vlm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def mean_nll(params, batch, cfg, **keys):
     """The training loss."""
