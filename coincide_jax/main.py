@@ -115,11 +115,13 @@ def main(argv: Sequence[str]) -> None:
     keep_memory()
     config = CONFIG.value
     if PLAN.value or PLAN_DEVICES.value:
-        pipeline.check(config)
+        sweep, last = find_sweep(sys.argv) if TABLE.value else (None, pipeline.NAMES[-1])
+        rows = [plan.Row(*row) for row in pipeline.planned(config, sweep, given_keys(sys.argv), last)]
+        config, rows = rows[0].config, rows if sweep else []
         devices = [plan.Devices.parse(text) for text in PLAN_DEVICES.value] or [plan.Devices.present()]
         arrays = pipeline.arrays_only(config)
-        print(plan.tell(config, devices, arrays=arrays))
-        plan.refuse(config, devices, arrays=arrays)
+        print(plan.tell(config, devices, arrays=arrays, rows=rows))
+        plan.refuse(config, devices, arrays=arrays, rows=rows)
         return
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)
     mesh = axes.make_mesh(config.device.model_parallel)

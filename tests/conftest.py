@@ -25,6 +25,17 @@ def few_mappings():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """For files that compile much and run little: LLVM does hardly anything, which halves the time of compiling.
+
+    What is computed and how it lies on the devices is the same. Code as users get it is tried by every other file,
+    kernels above all, and by the runs in processes of their own (`command.run`)."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """The one random key of a test."""

@@ -61,6 +61,7 @@ def test_mmd_gram():
     assert found["float32"]["equal_picks"] >= 0.9 and found["float32"]["mmd2_ratio"] == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.long
 def test_forgetting():
     found = line("forgetting", "--tiny", "--seeds=1", "--steps=20")
     assert set(found["by_seed"]) == {"kept", "gone", "rehearsed"} == set(found["mean"])

@@ -16,6 +16,8 @@ from coincide_jax.dataset import batches
 from coincide_jax.models import layers, vlm
 from coincide_jax.training import steps as compiled
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DATA = Synthetic()
 LENGTH = 48  # of a row: up to four records
 
@@ -111,58 +113,84 @@ def test_a_packed_record_is_what_it_is_alone(how, alone, monkeypatch):
     assert np.isfinite(found[3]).all()  # padding as well
 
 
+RUN = {"total": 72, "batch": 16, "micro_batch": 8, "learning_rate": 1e-3}  # five steps, the last one half empty
+
+
+@pytest.fixture(scope="module")
+def few_shapes():
+    """One bucket, and one number of packed rows: every run of this recipe takes one of two programs a `loss_mean`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Synthetic, "buckets", (LENGTH,))
+        patch.setattr(batches, "ROW_COUNTS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(few_shapes, tmp_path_factory):
+    """(loss_mean, packing) → parameters and folder of a run."""
+    found, top = {}, tmp_path_factory.mktemp("runs")
+    for mean in ("tokens", "micro_batch"):
+        for packing in (False, True):
+            out = top / f"{mean} {packing}"
+            params, _ = fit(out, one_device(), packing=packing, loss_mean=mean, **RUN)
+            found[mean, packing] = jax.device_get(params), out
+    return found
+
+
 @pytest.mark.parametrize("mean", ["tokens", "micro_batch"])
-def test_a_packed_run_is_the_plain_run(mean, tmp_path):
-    rows = {}
-    for packing in (False, True):
-        how = {"packing": packing, "loss_mean": mean, "batch": 16, "micro_batch": 8, "learning_rate": 1e-3}
-        fit(tmp_path / str(packing), one_device(), total=72, **how)
-        rows[packing] = [lines(tmp_path / str(packing), name) for name in ("metrics.jsonl", "curriculum.jsonl")]
+def test_a_packed_run_is_the_plain_run(mean, runs):
+    rows = {
+        packing: [lines(runs[mean, packing][1], name) for name in ("metrics.jsonl", "curriculum.jsonl")]
+        for packing in (False, True)
+    }
     for key in ("loss", "gradient_norm"):
         plain, packed = ([line[key] for line in rows[packing][0]] for packing in (False, True))
         assert packed[0] == pytest.approx(plain[0], rel=1e-5)
         np.testing.assert_allclose(packed, plain, rtol=2e-4)
     for key in ("tokens", "records"):
         assert [line[key] for line in rows[True][0]] == [line[key] for line in rows[False][0]]
+    assert rows[True][0][0]["records"] == 16 and rows[True][0][-1]["records"] == 8
+    plain, packed = (sum(line["filled"] for line in rows[packing][0]) for packing in (False, True))
+    assert packed > 1.5 * plain  # several records a row
     plain, packed = ([line["probabilities"] for line in rows[packing][1]] for packing in (False, True))
     np.testing.assert_allclose(packed, plain, atol=1e-4)
     assert packed[0] != packed[-1]  # what the sampler learned came from each record's own loss
 
 
-def test_the_mean_of_micro_batches_is_another_one(tmp_path, monkeypatch):
-    """By hand from the records' sums: each micro-batch of the order drawn weighs the same."""
+def test_the_mean_of_micro_batches_is_another_one(few_shapes, tmp_path, monkeypatch):
+    """By hand from the records' sums: each micro-batch of the order drawn weighs the same, a half-empty one too."""
     mesh, losses, plans, planned = one_device(), {}, [], batches.planned
     monkeypatch.setattr(batches, "planned", lambda data, plan, **how: plans.append(plan) or planned(data, plan, **how))
     for mean in ("tokens", "micro_batch"):
-        fit(tmp_path / mean, mesh, total=6, records=6, micro_batch=4, loss_mean=mean)
+        fit(tmp_path / mean, mesh, loss_mean=mean, **RUN | {"total": 12})
         losses[mean] = lines(tmp_path / mean)[0]["loss"]
+    nll_of = jax.jit(lambda params, batch: compiled.record_nll(params, batch, CFG))
     with jax.set_mesh(mesh):
         params, drawn, means = begin(mesh), plans[-1][0], []
+        assert (drawn[:12] >= 0).all() and (drawn[12:] < 0).all()
         for number in range(2):
-            part = [DATA.row(int(index)) for index in drawn[number * 4 :][:4]]
-            batch = axes.put_batch(batches.assemble(part, 24, 16), mesh)
-            nll, tokens = jax.jit(lambda p, b: compiled.record_nll(p, b, CFG))(params, batch)
+            part = [DATA.row(int(index)) for index in drawn[number * 8 :][:8]]
+            nll, tokens = nll_of(params, axes.put_batch(batches.assemble(part, LENGTH, 16), mesh))
             means.append(float(nll.sum() / tokens.sum()))
     assert losses["micro_batch"] == pytest.approx(np.mean(means), rel=1e-5)
     assert abs(losses["micro_batch"] - losses["tokens"]) > 1e-3
 
 
-def test_packed_steps_are_the_same_on_1_and_8_devices(tmp_path):
-    for name, mesh in (("one", one_device()), ("eight", axes.make_mesh(2))):
-        fit(tmp_path / name, mesh, packing=True)
-    one, eight = lines(tmp_path / "one"), lines(tmp_path / "eight")
+def test_packed_steps_are_the_same_on_1_and_8_devices(runs, tmp_path):
+    fit(tmp_path, axes.make_mesh(2), packing=True, **RUN)
+    one, eight = lines(runs["tokens", True][1]), lines(tmp_path)
     for key in ("loss", "gradient_norm"):
         np.testing.assert_allclose([row[key] for row in eight[:3]], [row[key] for row in one[:3]], rtol=1e-5)
 
 
-def test_a_packed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    whole, _ = fit(tmp_path / "whole", one_device(), packing=True)
+def test_a_packed_run_goes_on_where_it_stopped(runs, tmp_path, monkeypatch):
+    whole, out = runs["tokens", True]
     with monkeypatch.context() as patch:
         interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
-            fit(tmp_path / "halves", one_device(), packing=True)
-    again, _ = fit(tmp_path / "halves", one_device(), packing=True)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
-    assert lines(tmp_path / "halves") == lines(tmp_path / "whole")
+            fit(tmp_path, one_device(), packing=True, **RUN)
+    again, _ = fit(tmp_path, one_device(), packing=True, **RUN)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), whole)
+    assert lines(tmp_path) == lines(out)
     with pytest.raises(UserError, match=r"holds a run with packing = True, now False; take another folder"):
-        fit(tmp_path / "halves", one_device())
+        fit(tmp_path, one_device(), **RUN)

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from coincide_jax import pipeline
-from coincide_jax.core import artifacts, store
+from coincide_jax import pipeline, training
+from coincide_jax.core import artifacts, axes, checkpoint, store
+from coincide_jax.training import stages
+from configs import demo
 
 CONTRACT = (
     "dataset/split.json",
@@ -121,6 +123,27 @@ def test_every_row_starts_from_the_base_and_never_from_the_reference(finished):
     base = artifacts.read_json(workdir / "base" / "manifest.json")["summary"]["fingerprint"]
     reference = artifacts.read_json(workdir / "reference" / "manifest.json")["summary"]["fingerprint"]
     assert starts == {base} and reference != base
+
+
+def test_the_exported_model_is_a_start_like_the_model_folder(finished, tmp_path):
+    """All that the stage train makes of a target: weights, configuration, card, and the records as it reads them."""
+    workdir, _ = finished
+    target = f"--config.target.path={workdir / 'train' / 'export'}"
+    status, output = command.call(command.TINY, f"--workdir={tmp_path}", target, "--stages=dataset", "--notable")
+    assert status == 0, output
+    assert (tmp_path / "dataset/tokenizer.json").read_text() == (workdir / "dataset/tokenizer.json").read_text()
+    config, split = demo.get_config("tiny"), artifacts.read_json(workdir / "dataset" / "split.json")
+    mesh, recipe = axes.make_mesh(1), training.Recipe.from_config(config.train, "train")
+    with jax.set_mesh(mesh):
+        params, card, cfg, data = stages._open(workdir / "train" / "model", split, config, mesh, recipe)
+        ours, own_card, own_cfg, own_data = stages._open(workdir / "train" / "export", split, config, mesh, recipe)
+    assert own_cfg == cfg
+    assert all(own_card[key] == card[key] for key in ("image_size", "vocab", "template", "system", "mean"))
+    assert card["system"] == "" == config.dataset.system  # what a folder from elsewhere is not taken to have
+    assert checkpoint.fingerprint(ours) == checkpoint.fingerprint(params)
+    for row in split["pool"][:40]:
+        for found, expected in zip(own_data.encode(row), data.encode(row), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_second_run_skips_every_stage(finished):

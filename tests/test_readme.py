@@ -23,6 +23,7 @@ ELSEWHERE = ("install", "test", "demo")  # .ci/run runs these as printed
 LONG = ("table", "curricula", "long")  # minutes to hours: the long tests are them
 SHORT = {name: text for name, text in BLOCKS if name not in (*ELSEWHERE, *LONG, "own", "arrays", "plan")}
 NEEDS_PUBLISHED = ("llava15",)
+TWINS = ("skill_it",)  # of another command but for a name whose stages have tests: run by the long tests
 
 
 def small() -> list[str]:
@@ -67,7 +68,9 @@ def test_every_command_has_a_name():
     assert {*ELSEWHERE, *LONG, "own", "arrays", "plan", *NEEDS_PUBLISHED} <= {name for name, _ in BLOCKS}
 
 
-@pytest.mark.parametrize("name", sorted(SHORT))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in TWINS else name for name in sorted(SHORT)]
+)
 def test_command_runs_as_printed(name, tmp_path):
     done = shell(SHORT[name], tmp_path)
     if name in NEEDS_PUBLISHED:

@@ -86,6 +86,11 @@ def test_the_tuned_target_is_what_transformers_loads(run):
         exported = hf.load(work / "train/export", mesh, "float32")[0]
     for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(exported), strict=True):
         np.testing.assert_array_equal(a, b)
+    (cfg, card), (own_cfg, own_card) = (hf.describe(work / "train" / name, "float32") for name in ("model", "export"))
+    assert own_cfg == cfg
+    assert all(own_card[key] == card[key] for key in ("image_size", "vocab", "template", "system", "mean"))
+    words_of = [(work / "train" / name / "tokenizer.json").read_text() for name in ("model", "export")]
+    assert words_of[0] == words_of[1]
     moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(tuned), strict=True)]
     assert any(moved) and not all(moved)  # the tower stays
 

@@ -1,5 +1,6 @@
 """Sweeps: found from anywhere, made of known keys, with the rows that every comparison needs."""
 
+import collections
 import os
 import subprocess
 import sys
@@ -114,6 +115,19 @@ def test_a_row_makes_what_differs_and_once_for_all_seeds(ran):
         "rows/base/seed1": ["base"],
         "rows/longer/seed1": ["base"],
     }
+
+
+def test_what_is_planned_is_what_is_run(ran):
+    config = common.defaults()
+    config.dataset.records, config.seeds = "drawn", (0, 1)
+    found = pipeline.planned(config, lambda add: [add(row, keys) for row, keys in ROWS.items()])
+    counts = {row: collections.Counter() for row in ROWS}
+    for folder, stages in ran.items():
+        row = folder.split("/")[1] if "/" in folder else "."
+        counts[row if row in ROWS else "k60"].update(stages.keys() - {"report"})
+    assert {row: made for row, _, made in found} == counts
+    assert counts["k60"]["base"] == counts["k60"]["train"] == 2 and counts["longer"]["base"] == 2
+    assert [one.cluster.k for _, one, _ in found][:3] == [60, 60, 30]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from coincide_jax.training.arms import ArmLog
 from coincide_jax.training.state import Schedule
 from configs import common
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def assert_equal(one, two):
     jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -67,29 +69,37 @@ def test_loss_is_the_mean_over_the_tokens_of_the_step_before_its_update(undistur
                     tokens += 1
     single = out.parent / "single"
     single.mkdir()
-    fit(single, mesh, sampler=bandits.UNIFORM, total=8, records=8)
+    fit(single, mesh, total=8, records=8)  # every record once, whatever the sampler
     line = lines(single)[0]
     assert line["tokens"] == tokens
     np.testing.assert_allclose(line["loss"], nll / tokens, rtol=1e-5)
 
 
-def test_micro_batches_add_up(tmp_path, undisturbed):
-    params, _ = fit(tmp_path, one_device(), micro_batch=2)
-    for row, other in zip(lines(tmp_path), lines(undisturbed[0][1]), strict=True):
-        np.testing.assert_allclose(row["loss"], other["loss"], rtol=2e-5)
-    np.testing.assert_allclose(params["projector"]["w1"], undisturbed[0][0]["projector"]["w1"], atol=1e-4)
-
-
-def test_each_bucket_compiles_once(tmp_path, monkeypatch):
-    traced, forward = collections.Counter(), vlm.forward
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """Parameters and folder of the same run by micro-batches of two, and how often which shape was traced."""
+    out, traced, forward = tmp_path_factory.mktemp("divided"), collections.Counter(), vlm.forward
 
     def counting(params, batch, *args, **options):
         traced[batch["tokens"].shape] += 1
         return forward(params, batch, *args, **options)
 
-    monkeypatch.setattr(vlm, "forward", counting)
-    fit(tmp_path, one_device(), micro_batch=1)
-    assert traced == {(1, 16): 1, (1, 24): 1}
+    compiled._of_model.cache_clear()  # what a test before traced would not be counted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm, "forward", counting)
+        params, _ = fit(out, one_device(), micro_batch=2)
+    return params, out, traced
+
+
+def test_micro_batches_add_up(divided, undisturbed):
+    params, out, _ = divided
+    for row, other in zip(lines(out), lines(undisturbed[0][1]), strict=True):
+        np.testing.assert_allclose(row["loss"], other["loss"], rtol=2e-5)
+    np.testing.assert_allclose(params["projector"]["w1"], undisturbed[0][0]["projector"]["w1"], atol=1e-4)
+
+
+def test_each_bucket_compiles_once(divided):
+    assert divided[2] == {(2, 16): 1, (2, 24): 1}
 
 
 def interrupt(monkeypatch, at: int, action):
@@ -214,7 +224,7 @@ def test_the_projector_has_its_own_learning_rate(tmp_path):
 
 
 def test_a_last_step_with_empty_slots_counts_only_its_records(tmp_path):
-    _, summary = fit(tmp_path, one_device(), total=19, micro_batch=4)
+    _, summary = fit(tmp_path, one_device(), total=19, micro_batch=2)
     assert [row["records"] for row in lines(tmp_path)] == [8, 8, 3] and summary["records"] == 19
     assert all(np.isfinite(row["loss"]) for row in lines(tmp_path))
 

@@ -39,7 +39,20 @@ from coincide_jax.pipeline.stages import (
 )
 from coincide_jax.report import audits
 
-__all__ = ["NAMES", "SHARED", "STAGES", "WARMUP", "arrays_only", "check", "flatten", "needed", "reads", "run", "subset"]
+__all__ = [
+    "NAMES",
+    "SHARED",
+    "STAGES",
+    "WARMUP",
+    "arrays_only",
+    "check",
+    "flatten",
+    "needed",
+    "planned",
+    "reads",
+    "run",
+    "subset",
+]
 
 Path = pathlib.Path
 MAPPINGS = 20_000  # of this process, above which compiled programs are let go between rows
@@ -204,12 +217,12 @@ def run(
         check(one)
         check_rows(one, mesh, names)
     headline = next(iter(rows))
-    options = {"mesh": mesh, "force": force, "command": command}
+    make = functools.partial(run_row, mesh=mesh, force=force, command=command)
     with locked(workdir):
         first = row_config(config, rows[headline], seeds[0])
-        top = run_row(first, workdir, shared={}, names=names, **options)
+        top = make(first, workdir, shared={}, names=names)
         if not stages:
-            common = run_others(config, workdir, rows, seeds, top, last, options)
+            common = run_others(config, workdir, rows, seeds, top, last, make)
             audits.tell(workdir, {row: folders["cluster"] for row, folders in common.items() if "cluster" in folders})
         if arrays_only(first):
             say("select", f"indices {workdir / 'select' / 'indices.npy'}")
@@ -218,10 +231,50 @@ def run(
             finish(first, workdir, mesh, top, folders, force == "report", command)
 
 
+def planned(
+    config: ConfigDict, sweep: Callable | None, given: Sequence[str] = (), last: str = NAMES[-1]
+) -> list[tuple[str, ConfigDict, dict[str, int]]]:
+    """What `run` makes of these arguments, found by the same steps with nothing run: for each row its name, its config
+    of the first seed, and how often each stage is made for it (not at all where it has that of another row).
+
+    Raises:
+      UserError: as `run` of a key that the rows set, and of what a row gets wrong.
+    """
+    check(config)
+    rows = table_rows(config, sweep, given)
+    seeds, top = config.seeds if sweep is not None else (None,), Path()
+    headline, counts = next(iter(rows)), {row: dict.fromkeys(NAMES[:-1], 0) for row in rows}
+
+    def make(one, folder, *, shared, names):
+        row = next((part for part in folder.parts[1:2] if part in rows), headline)
+        own = [name for name in names if name != "report" and name not in shared and needed(one, name)]
+        for name in own:
+            counts[row][name] += 1
+        return shared | {name: folder / name for name in own}
+
+    found = {row: row_config(config, changes, seeds[0]) for row, changes in rows.items()}
+    for one in found.values():
+        check(one)
+    first = make(found[headline], top, shared={}, names=NAMES[: NAMES.index(last) + 1])
+    run_others(config, top, rows, seeds, first, last, make, announce=False)
+    return [(row, one, {name: n for name, n in counts[row].items() if n}) for row, one in found.items()]
+
+
 def run_others(
-    config: ConfigDict, workdir: Path, rows: dict, seeds: Sequence, top: dict[str, Path], last: str, options: dict
+    config: ConfigDict,
+    workdir: Path,
+    rows: dict,
+    seeds: Sequence,
+    top: dict[str, Path],
+    last: str,
+    make: Callable,
+    announce: bool = True,
 ) -> dict[str, dict[str, Path]]:
-    """Runs every row and seed but the headline's first, each up to the stage `last`.
+    """Makes every row and seed but the headline's first, each up to the stage `last`.
+
+    Args:
+      make: (config, folder, shared, names) → stage → folder, as `run_row`.
+      announce: whether the screen says which row begins.
 
     Returns:
       Row → the folders of what its seeds have in common.
@@ -234,20 +287,20 @@ def run_others(
     for seed in seeds:
         if seed != seeds[0] and last not in SHARED:
             folder = workdir / "rows" / "base" / f"seed{seed}"
-            share(row_config(config, rows[headline], seed), folder, shared[:2], made, options)
+            share(row_config(config, rows[headline], seed), folder, shared[:2], made, make)
         for row, changes in rows.items():
             folder, one = row_folder(workdir, row, seed, headline, seeds[0]), row_config(config, changes, seed)
-            if folder != workdir:
+            if folder != workdir and announce:
                 say("rows", row if seed is None else f"{row} · seed {seed}")
             if seed == seeds[0]:
-                common[row] = share(one, workdir / "rows" / row, shared, made, options)
+                common[row] = share(one, workdir / "rows" / row, shared, made, make)
             if folder == workdir or last in SHARED:
                 continue
-            given = common[row] | share(one, folder, shared[:2], made, options)  # the base is each seed's own
+            given = common[row] | share(one, folder, shared[:2], made, make)  # the base is each seed's own
             names = ("select", "train", "evaluate") if one.curriculum.pool == "coreset" else ("train", "evaluate")
             if row != headline and "select.fraction" not in changes and "select" in top:
                 given["match"] = top["select"]
-            run_row(one, folder, shared=given, names=[name for name in names if name in until], **options)
+            make(one, folder, shared=given, names=[name for name in names if name in until])
     return common
 
 
@@ -258,15 +311,15 @@ def settings(config: ConfigDict, stage: Stage, folders: dict[str, Path]) -> str:
     return json.dumps([stage.name, keys, inputs], sort_keys=True)
 
 
-def share(config, folder: Path, stages: Sequence[Stage], made: dict[str, Path], options: dict) -> dict[str, Path]:
+def share(config, folder: Path, stages: Sequence[Stage], made: dict[str, Path], make: Callable) -> dict[str, Path]:
     """Stage → folder, for the first of the stages: those in `made` (by `settings`) where a row before has the same,
-    else made in `folder` and entered there."""
+    else made in `folder` by `make` (`run_others`) and entered there."""
     folders = {}
     for stage in stages:
         if needed(config, stage.name):
             key = settings(config, stage, folders)
             if key not in made:
-                made[key] = run_row(config, folder, shared=folders, names=(stage.name,), **options)[stage.name]
+                made[key] = make(config, folder, shared=folders, names=(stage.name,))[stage.name]
             folders[stage.name] = made[key]
     return folders
 

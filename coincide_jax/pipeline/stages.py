@@ -61,7 +61,7 @@ STAGES = (
         "train",
         functools.partial(training.run, prepare=curriculum.prepare, kinds=KINDS),
         training.TRAIN_KEYS,
-        training.STAGE_VERSION,
+        training.TRAIN_VERSION,
         ("dataset", "base", "extract", "cluster", "select", WARMUP[1], "match"),
     ),
     Stage("evaluate", evaluation.run, evaluation.KEYS, evaluation.STAGE_VERSION, ("dataset", "train")),

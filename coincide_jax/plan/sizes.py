@@ -1,5 +1,6 @@
 """How many records a run has and how large its models are, as far as files or the config's `plan` say."""
 
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -79,12 +80,18 @@ def _records(config) -> int:
     if keys.records == "drawn":
         n = keys.drawn.records
     elif keys.records and pathlib.Path(keys.records).is_file():
-        n = len(source.load(keys.records))
+        n = _counted(keys.records, pathlib.Path(keys.records).stat().st_mtime_ns)
     if not n:
         raise UserError(
             f"dataset.records '{keys.records}' is not here and plan.records is 0; give --config.plan.records=N"
         )
     return min(n, keys.limit or n)
+
+
+@functools.lru_cache(maxsize=8)
+def _counted(path: str, changed: int) -> int:
+    """Records of a file: every row of a table asks for them."""
+    return len(source.load(path))
 
 
 def _reference(config, precision: Precision, target: VLMConfig) -> VLMConfig | clip.CLIPConfig:

@@ -21,7 +21,8 @@ from coincide_jax.training.asking import Draw, Kinds
 from coincide_jax.training.loop import Termination, fit
 from coincide_jax.training.state import Recipe
 
-STAGE_VERSION = 3
+STAGE_VERSION = 3  # of base and reference
+TRAIN_VERSION = 4  # since export/ has a tokenizer and says its conversation
 BASE_KEYS = ("base", "model", "dataset.image_size", *READING, "device.precision")
 REFERENCE_KEYS = ("reference.train", "target.path", *READING, "device.precision")
 TRAIN_KEYS = ("train", "curriculum", "target.path", "select.fraction", *READING, "device.precision")
@@ -170,7 +171,8 @@ def run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path, mesh, *, pre
         data.tokenizer.save(out / "model" / "tokenizer.json")
         checkpoint.save_model(out / "model", params, card)
         try:
-            hf.export(params, cfg, out / "export")
+            hf.export(params, cfg, out / "export", card=card)
+            data.tokenizer.save(out / "export" / "tokenizer.json")
         except UserError as error:  # the model is there all the same
             say("train", str(error))
     if asker is not None:

@@ -15,6 +15,8 @@ from coincide_jax.training import loop, probe
 from coincide_jax.training import steps as compiled
 from configs import common
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ONLINE = [name for name in curriculum.SAMPLERS if name not in curriculum.OFFLINE]
 ROWS = {name: {"name": name} for name in curriculum.SAMPLERS}
 ROWS |= {f"{name} with rehearsal": {"name": name, "rehearsal": 0.25} for name in ONLINE}

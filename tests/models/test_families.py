@@ -14,6 +14,8 @@ from coincide_jax.core import axes
 from coincide_jax.core.precision import choose
 from coincide_jax.models import decoder, layers, lora, loss, rope, vlm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TORCH = [family for family in families.OURS if family != "openelm"]
 PREFIXES = {"language_model.": ""}
 RANK, SCALE, ROWS = 3, 1.5, 4
@@ -59,8 +61,11 @@ def everything(params, tokens, labels, own, cfg) -> dict:
     table = layers.rope_table(place, *rope.frequencies(cfg, x.shape[1]))
     mixed = attend(layers.rope(q, table), layers.rope(k, table), v, None)
     short = params | {"blocks": decoder.first_layers(blocks, 1)}
-    out = decoder.run(params, x, place, attend, cfg)
-    final = decoder.final_norm(params, out.x, cfg)
+    runs = {
+        name: decoder.run(params, x, place, attend, cfg, tap=lambda states: states, tap_from=name)
+        for name in decoder.TAPS
+    }
+    final = decoder.final_norm(params, runs["block"].x, cfg)
     head, bias = decoder.head(params, cfg, x.dtype), decoder.head_bias(params, cfg)
     logits = jnp.einsum("btw,wv->btv", final, head)
 
@@ -75,10 +80,7 @@ def everything(params, tokens, labels, own, cfg) -> dict:
         "norm": norm,
         "attention": mixed,
         "block": decoder.run(short, x, place, attend, cfg).x,
-        "taps": {
-            name: decoder.run(params, x, place, attend, cfg, tap=lambda states: states, tap_from=name).taps
-            for name in decoder.TAPS
-        },
+        "taps": {name: run.taps for name, run in runs.items()},
         "final": final,
         "logits": logits if bias is None else logits + bias[None, None],
         "loss": value,

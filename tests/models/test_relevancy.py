@@ -12,6 +12,8 @@ import transformers
 from coincide_jax.core import axes
 from coincide_jax.models import decoder, hf, layers, relevancy, vlm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def recursion(weighted: np.ndarray, position: int) -> np.ndarray:
     """Eq. 8 as it is written, with whole matrices R: maps [l, t] from Ā [l, t, t]."""

@@ -25,6 +25,7 @@ VISIONS = {
     **dict.fromkeys(("siglip", "siglip_vision_model"), "siglip"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), "dinov2"),
 }
+CONVERSATION = "coincide_conversation"  # key of config.json under which `write.export` puts template and system prompt
 DEFAULTS = {
     "llama": dict(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,

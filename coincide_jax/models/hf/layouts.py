@@ -116,7 +116,8 @@ def find(folder: pathlib.Path, precision: Precision) -> Layout:
 
 
 def composed(folder: pathlib.Path, values: dict, where: pathlib.Path, precision: Precision) -> Layout:
-    """text_config and vision_config side by side: llava-hf, and TinyLLaVA's factory."""
+    """text_config and vision_config side by side: llava-hf, TinyLLaVA's factory, and what `write.export` leaves, which
+    says the template and system prompt of its model."""
     keys = Keys(values, {}, where)
     factory = values.get("model_type") == "tinyllava"
     eye = {"model_type": "clip_vision_model"} | (values.get("vision_config") or {})
@@ -138,7 +139,8 @@ def composed(folder: pathlib.Path, values: dict, where: pathlib.Path, precision:
                 f"{where}: vision_feature_select_strategy is '{strategy}' with a {tower.family} tower; expected "
                 f"{'default' if tower.class_token else 'full'}: all patches and no class token"
             )
-    return whole(VLMConfig(tower, language, precision), (folder,))
+    found = whole(VLMConfig(tower, language, precision), (folder,))
+    return dataclasses.replace(found, card=found.card | values.get(constants.CONVERSATION, {}))
 
 
 def flat(folder: pathlib.Path, values: dict, where: pathlib.Path, precision: Precision) -> Layout:

@@ -17,6 +17,7 @@ from coincide_jax.core.axes import fetch
 from coincide_jax.core.errors import UserError
 from coincide_jax.models import decoder, lora, vlm
 from coincide_jax.models.decoder import DecoderConfig
+from coincide_jax.models.hf.constants import CONVERSATION
 from coincide_jax.models.layers import Leaf, is_leaf
 from coincide_jax.models.vision import SOURCE as VISION
 from coincide_jax.models.vision import VisionConfig
@@ -57,11 +58,14 @@ def leaves_of(cfg: VLMConfig) -> list[Leaf]:
     return jax.tree.leaves(vlm.abstract(cfg), is_leaf=is_leaf)
 
 
-def export(params: dict, cfg: VLMConfig, out: pathlib.Path, *, image_token_id: int = 0) -> None:
+def export(
+    params: dict, cfg: VLMConfig, out: pathlib.Path, *, image_token_id: int = 0, card: dict | None = None
+) -> None:
     """Writes `out`/config.json and `out`/model.safetensors, or shards of up to 4 GiB with their index, in float32.
 
     image_token_id: the id that stands at the image's positions; ours is the padding id, so prompts are to be handed
-    over unpadded or another id given.
+    over unpadded or another id given; card: of the model (`hf.load`), whose template and system prompt config.json then
+    holds under `CONVERSATION`, since a family's folders elsewhere have others.
 
     Raises:
       UserError: a model that transformers' LLaVA cannot hold.
@@ -91,7 +95,8 @@ def export(params: dict, cfg: VLMConfig, out: pathlib.Path, *, image_token_id: i
     if len(shards) > 1:
         total = 4 * sum(math.prod(leaf.shape) for leaf in leaves_of(cfg))
         write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
-    write_json(out / "config.json", config_json(cfg, image_token_id))
+    said = {CONVERSATION: {key: card[key] for key in ("template", "system") if key in card}} if card else {}
+    write_json(out / "config.json", config_json(cfg, image_token_id) | said)
     image = {"image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std)}
     write_json(out / "preprocessor_config.json", preprocessor_json(cfg) | image)
 

@@ -13,6 +13,8 @@ from coincide_jax.core import axes
 from coincide_jax.core.errors import UserError
 from coincide_jax.models import decoder, hf, vlm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LENGTH, START, SIDE = 280, 7, checkpoints.IMAGE
 run = jax.jit(lambda p, b, cfg: vlm.logits(p, vlm.forward(p, b, cfg).hidden, cfg), static_argnums=2)
 

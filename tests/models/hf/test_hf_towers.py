@@ -14,6 +14,8 @@ from coincide_jax.core.errors import UserError
 from coincide_jax.models import clip, hf, text, vision
 from coincide_jax.models.hf import constants
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 F32 = np.dtype(np.float32)
 WORDS = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=90)
 

@@ -43,6 +43,17 @@ def test_layout(tiny, folder):
     assert json.loads((folder / "config.json").read_text())["text_config"]["rope_theta"] == 10000.0
 
 
+def test_a_folder_says_the_conversation_of_its_model(tiny, folder, tmp_path):
+    """Its own and not that of its family, which a folder that says nothing gets."""
+    mesh, said = tiny.mesh(), {"template": "phi", "system": "Answer."}
+    with jax.set_mesh(mesh):
+        hf.export(tiny.params(mesh), tiny.cfg, tmp_path, card=said)
+    own, family = (hf.describe(path, "float32")[1] for path in (tmp_path, folder))
+    assert {key: own[key] for key in said} == said
+    assert family["template"] == "vicuna_v1" and family["system"].startswith("A chat between")
+    read_back(tmp_path)
+
+
 def test_every_tensor_has_one_name(tiny, folder):
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(vlm.abstract(tiny.cfg), is_leaf=layers.is_leaf))
     assert (
