@@ -120,7 +120,8 @@ def main(argv: Sequence[str]) -> None:
         config, rows = rows[0].config, rows if sweep else []
         devices = [plan.Devices.parse(text) for text in PLAN_DEVICES.value] or [plan.Devices.present()]
         arrays = pipeline.arrays_only(config)
-        print(plan.tell(config, devices, arrays=arrays, rows=rows))
+        if processes.leads():
+            print(plan.tell(config, devices, arrays=arrays, rows=rows))
         plan.refuse(config, devices, arrays=arrays, rows=rows)
         return
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name)

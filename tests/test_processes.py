@@ -98,6 +98,22 @@ def test_another_command_is_refused(features, tmp_path):
     assert statuses == [2, 2] and all("cluster.k is 11 in process 1 and 12 in process 0" in text for text in said), said
 
 
+def test_a_layer_over_several_processes_is_refused(features, tmp_path):
+    statuses, said = end(start(2, 1, arguments(features, tmp_path / "w", "--config.device.model_parallel=2")), 60)
+    assert statuses == [2, 2] and all("divisor of the 1 devices that a process has" in text for text in said), said
+
+
+def test_nobody_at_the_address(monkeypatch):
+    monkeypatch.setattr(processes, "WAIT", 1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match="not to be reached"):
+        processes.start(f"localhost:{port}", 2, 1)
+    with socket.create_server(("", 0)) as taken, pytest.raises(UserError, match="another process 0"):
+        processes.start(f"localhost:{taken.getsockname()[1]}", 2, 0)
+
+
 SHARDS = """
 import pathlib, sys
 import numpy as np
@@ -180,6 +196,71 @@ def test_a_kill_of_one_ends_the_others_and_loses_nothing(index, features, tmp_pa
     assert statuses == [0, 0] and "goes on after iteration" in said[0], said
     for file in FILES:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+@pytest.mark.long
+def test_sigterm_outside_of_training_ends_all(features, tmp_path):
+    more = ("--config.cluster.iterations=200", "--config.cluster.k=300", "--config.cluster.checkpoint_every=1")
+    running = start(2, 1, arguments(features, tmp_path / "w", *more))
+    kill(running, 1, (tmp_path / "w" / "cluster" / "state.npz").exists, signal.SIGTERM)
+    statuses, said = end(running, 4 * processes.HEARTBEAT)
+    assert statuses[1] == -signal.SIGTERM and statuses[0] != 0, said
+    assert not (tmp_path / "w" / "select" / "indices.npy").exists()
+
+
+RESTORE = """
+import os, pathlib, sys
+import jax, numpy as np
+from absl import app, flags
+from coincide_jax.core import axes, checkpoint, processes
+flags.DEFINE_string("out", "", ""); flags.DEFINE_string("fault", "", ""); flags.DEFINE_string("coordinator", "", "")
+flags.DEFINE_integer("processes", 0, ""); flags.DEFINE_integer("process", 0, "")
+
+def main(_):
+    keys = flags.FLAGS
+    processes.start(keys.coordinator, keys.processes, keys.process)
+    mesh = axes.make_mesh()
+    by_rows = jax.NamedSharding(mesh, jax.P("data"))
+    state = lambda value: {"x": axes.put(np.full((8, 4), value, np.float32), by_rows)}
+    held = checkpoint.Checkpoints(pathlib.Path(keys.out) / "ck", 5)
+    if keys.fault == "none":
+        for step in (1, 2):
+            held.save(step, state(step), {})
+        held.wait()
+    if keys.process == 1 and keys.fault:
+        restore = held.manager.restore
+        def faulty(step, **more):
+            if step == 2 and keys.fault == "dies":
+                os._exit(7)
+            if step == 2 and keys.fault == "cannot read":
+                restore(step, **more)
+                raise OSError("a part of process 1")
+            return restore(step, **more)
+        held.manager.restore = faulty
+    step, found, _ = held.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                                               state(0)))
+    print("RESTORED", step, float(axes.fetch(found["x"]).mean()))
+    held.close()
+
+app.run(main)
+"""
+
+
+@pytest.mark.long
+def test_a_checkpoint_is_judged_by_all_and_no_death_condemns_it(tmp_path):
+    (tmp_path / "restore.py").write_text(RESTORE)
+
+    def run(fault: str):
+        line = [f"--out={tmp_path}", f"--fault={fault}"]
+        return end(start(2, 1, line, module=(str(tmp_path / "restore.py"),)), 4 * processes.HEARTBEAT)
+
+    statuses, said = run("none")
+    assert statuses == [0, 0] and all("RESTORED 2 2.0" in text for text in said), said
+    statuses, said = run("dies")
+    assert statuses[1] == 7 and statuses[0] != 0 and "left out" not in said[0], said
+    statuses, said = run("cannot read")
+    assert statuses == [0, 0] and all("RESTORED 1 1.0" in text for text in said), said
+    assert "a part of process 1" in said[0]
 
 
 def losses(folder: pathlib.Path) -> list[float]:

@@ -212,12 +212,15 @@ def _whole(path: pathlib.Path) -> bool:
 
 def _resume(path: pathlib.Path, rows: int, k: int, width: int) -> kmeans.State | None:
     """The state that an interrupted run left, if it is whole and of this clustering."""
-    if not path.exists():
+    if not processes.led(path.exists):
         return None
     state = None
-    if _whole(path):
+    if path.exists() and _whole(path):
         with np.load(path) as held:
             state = kmeans.State(**held)
+    found = processes.told(None if state is None else len(state.history))
+    if len(set(found)) > 1:
+        raise UserError(f"processes read {path} unlike: iterations {found}; expected a folder that all see alike")
     shapes = state and (state.centroids.shape, state.assignment.shape, state.history.shape[1:])
     if shapes != ((k, width), (rows,), (len(kmeans.HISTORY),)):
         say("cluster", f"{path} is damaged; the clustering begins again")

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -30,15 +31,16 @@ HASHED_BYTES = 2 << 30  # what comes from outside is hashed up to this size
 @contextlib.contextmanager
 def atomic(path: pathlib.Path, *, each: bool = False) -> Iterator[pathlib.Path]:
     """Yields a temporary name beside `path`; what was written there takes the name `path` when the block ends well.
-    Of several processes only the one that leads has a name to write to, the others write into nothing; with `each`
-    every process writes a file of its own.
+    Of several processes only the one that leads has a name to write to, the others write what is thrown away; with
+    `each` every process writes a file of its own.
 
     Raises:
       UserError: it cannot be written, for want of room or of rights; nothing of it stays.
     """
     path = pathlib.Path(path)
     if not (each or processes.leads()):
-        yield pathlib.Path(os.devnull)
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder) / path.name
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -66,7 +68,9 @@ def _of_writing(error: BaseException, path: pathlib.Path) -> bool:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file whole."""
+    """Writes a text file whole; of several processes the one that leads does."""
+    if not processes.leads():
+        return
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -131,13 +135,17 @@ class _Written(NamedTuple):
 
 
 def write_npy(path: pathlib.Path, array: np.ndarray) -> None:
-    """Writes a .npy file whole."""
+    """Writes a .npy file whole; of several processes the one that leads does."""
+    if not processes.leads():
+        return
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.save(_Written(file.write), array)
 
 
 def write_parquet(path: pathlib.Path, columns: dict[str, Sequence]) -> None:
-    """Writes columns of equal length as one parquet file, whole."""
+    """Writes columns of equal length as one parquet file, whole; of several processes the one that leads does."""
+    if not processes.leads():
+        return
     with atomic(path) as temporary:
         pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), temporary)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from coincide_jax.core import artifacts, axes
+from coincide_jax.core import artifacts, axes, processes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import say
 
@@ -108,8 +108,10 @@ class Checkpoints:
                 state = jax.tree.unflatten(form, [restored.state[name] for name in named])
                 wrong = _differing(restored.record["fingerprints"], fingerprints(state))
                 fault = f"{len(wrong)} arrays changed on disk, the first is {wrong[0]}" if wrong else ""
-            except (ValueError, OSError, KeyError, TypeError) as error:
+            except Exception as error:  # of what Orbax and TensorStore meet in a damaged folder, nearly any
                 fault = f"it cannot be read: {_first_line(error)}"
+            # a process that died says nothing, and its absence is no damage: the others wait here until they end too
+            fault = next(filter(None, processes.told(fault)), "")
             if not fault:
                 return step, state, restored.record["meta"]
             say("checkpoint", f"step {step} of {self.folder} is left out ({fault}); the step before it is taken")

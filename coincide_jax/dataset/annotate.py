@@ -110,7 +110,9 @@ class Annotator:
                 raise UserError(f"{path} asks for record {line['index']} ('{line['id']}'), which the data set has not")
             self.asked[line["index"]] = line["purpose"], line["step"]
         self.digests = path.with_name("answered.jsonl")
+        processes.together()  # all have read what is cut now
         artifacts.cut_jsonl(self.digests, lambda line: line["index"] in self.asked)
+        processes.together()
         lines = artifacts.read_jsonl(self.digests) if self.digests.exists() else ()
         self._read = {line["index"]: line["sha256"] for line in lines}
         processes.together()  # all have read what the one that leads will add to

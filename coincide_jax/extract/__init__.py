@@ -108,7 +108,10 @@ def extract(config, inputs: dict[str, Path], split: dict, out: Path, mesh) -> di
     store = stores.create(out / "features.zarr", split["n"], width)
     pool_rows = np.asarray(split["pool"], np.int64)
     shards = processes.share(range(0, split["n"], artifacts.SHARD_ROWS))
-    members = {shard: pool_rows[pool_rows // artifacts.SHARD_ROWS == shard // artifacts.SHARD_ROWS] for shard in shards}
+    pool_rows = np.sort(pool_rows)
+    members = {
+        shard: pool_rows[slice(*np.searchsorted(pool_rows, (shard, shard + artifacts.SHARD_ROWS)))] for shard in shards
+    }
     with Progress("extract", sum(map(len, members.values())), "records") as progress:
         for shard, rows in members.items():
             part = out / "parts" / f"{shard:012d}.npz"

@@ -13,6 +13,8 @@ import functools
 import json
 import os
 import pathlib
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -62,12 +64,28 @@ MAPPINGS = 20_000  # of this process, above which compiled programs are let go b
 def locked(workdir: Path) -> Iterator[None]:
     """Holds the workdir by an OS lock that dies with the process; of several processes the one that leads does."""
     with contextlib.ExitStack() as stack:
-        processes.led(functools.partial(_lock, workdir, stack))
+        held = processes.led(functools.partial(_lock, workdir, stack))
+        seen = processes.told(_sees(workdir / ".lock", held))
+        if not all(seen):
+            raise UserError(
+                f"process {seen.index(False)} does not see what process 0 writes in {workdir.absolute()}; expected a "
+                "folder that all processes share"
+            )
         yield
 
 
-def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
-    """Takes the lock, until the stack is closed."""
+def _sees(lock: Path, held: str, seconds: float = 10.0) -> bool:
+    """Whether a lock file holds these words, if need be after a while: some file systems take their time."""
+    end = time.monotonic() + seconds
+    while not (lock.exists() and lock.read_text(encoding="utf-8") == held):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _lock(workdir: Path, stack: contextlib.ExitStack) -> str:
+    """Takes the lock, until the stack is closed; returns what it wrote there."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (the stack closes it)
@@ -75,12 +93,16 @@ def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         handle.seek(0)
-        raise UserError(f"workdir {workdir} is in use by process {handle.read().strip() or '?'}") from error
+        holder = (handle.read().split() or ["?"])[0]
+        raise UserError(f"workdir {workdir} is in use by process {holder}") from error
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+    held = f"{os.getpid()} {uuid.uuid4().hex}"
     handle.truncate(0)
-    handle.write(str(os.getpid()))
+    handle.write(held)
     handle.flush()
+    os.fsync(handle.fileno())
+    return held
 
 
 def let_programs_go() -> None:
@@ -350,7 +372,11 @@ def finish(
     wanted = expected(config, stage, inputs)
     action = functools.partial(stage.run, subset(config, stage.keys), inputs, out, mesh, rows=trained, table=table)
     # a report is cheap and only shows what is there: one of another state is written anew without being asked
-    stale = manifests.complete(out) and bool(manifests.difference(artifacts.read_json(out / "manifest.json"), wanted))
+    stale = processes.led(
+        lambda: (
+            manifests.complete(out) and bool(manifests.difference(artifacts.read_json(out / "manifest.json"), wanted))
+        )
+    )
     manifests.run(out, wanted, action, force=force or stale, command=command, alone=stage.alone)
     if not processes.leads():
         return

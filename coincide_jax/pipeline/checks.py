@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 from collections.abc import Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from coincide_jax import cluster, curriculum, evaluation, extract, selection, training
@@ -17,8 +18,12 @@ def check_rows(config: ConfigDict, mesh, names: Sequence[str]) -> None:
     """Finds batches that the devices cannot share evenly and checkpoints that are not there, before `names` run.
 
     Raises:
-      UserError: rows of one pass that are no multiple of the devices on 'data', a folder that does not exist.
+      UserError: rows of one pass that are no multiple of the devices on 'data', a folder that does not exist; of
+        several processes one that has too few devices for a copy of a layer.
     """
+    wide, here = mesh.shape["model"], jax.local_device_count()
+    if jax.process_count() > 1 and here % wide:
+        raise UserError(f"device.model_parallel is {wide}; expected a divisor of the {here} devices that a process has")
     for key, folder in (("target.path", config.target.path), ("reference.path", config.reference.path)):
         if folder and not arrays_only(config) and not pathlib.Path(folder).is_dir():
             raise UserError(f"{key}: {folder} does not exist; expected the folder of a checkpoint")

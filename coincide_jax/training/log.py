@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from coincide_jax.core import artifacts, precision
+from coincide_jax.core import artifacts, precision, processes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import Events, JsonLines
 from coincide_jax.dataset.batches import Batch
@@ -84,7 +84,7 @@ class Log:
         artifacts.cut_jsonl(out / "metrics.jsonl", lambda line: line["step"] <= step)
         artifacts.cut_jsonl(out / "curriculum.jsonl", lambda line: line["drawn_at"] < step)
         self.steps, self.rounds = JsonLines(out / "metrics.jsonl"), JsonLines(out / "curriculum.jsonl")
-        self.events = Events(out / "events", step) if tensorboard else None
+        self.events = Events(out / "events", step) if tensorboard and processes.leads() else None
         self.arms, self.costs, self.peak = arms, costs, peak
         self.waiting: list[Step] = []
         self.laps: list[tuple[float, float]] = []  # seconds, and those of them spent waiting, of the first of them

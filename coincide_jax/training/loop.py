@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from coincide_jax.core import artifacts, axes, checkpoint, peaks, processes
 from coincide_jax.core.errors import UserError
@@ -28,31 +27,27 @@ from coincide_jax.training.state import Recipe
 
 class Termination:
     """Inside it SIGTERM does not kill: it sets `requested`, and the loop saves at the next step boundary. A request
-    that no loop answered ends the program when the block ends. Of several processes JAX hears the signal that any of
-    them gets, and they agree on the step."""
-
-    steps = itertools.count()  # asked about so far: the same number in every process
+    that no loop answered ends the program when the block ends. Of several processes one that gets the signal is
+    enough: all stop at the same step."""
 
     def __init__(self):
         self.requested = False
 
     def __enter__(self) -> "Termination":
-        self.before = None if jax.process_count() > 1 else signal.signal(signal.SIGTERM, self._request)
+        self.before = signal.signal(signal.SIGTERM, self._request)
         return self
 
-    def heard(self) -> bool:
-        """Asked once a step: whether to save and end now."""
-        if jax.process_count() > 1:
-            self.requested |= multihost_utils.reached_preemption_sync_point(next(self.steps))
-        return self.requested
+    def loop(self) -> Callable[[int], bool]:
+        """For a loop that begins: asked after every step, whether to save and end now."""
+        stop = processes.Stop()
+        return lambda step: stop.now(self.requested, step)
 
     def _request(self, *_) -> None:
         self.requested = True
 
     def __exit__(self, kind, *_) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
-        if self.requested and kind is None:
+        signal.signal(signal.SIGTERM, self.before)
+        if kind is None and any(processes.told(self.requested)):
             raise SystemExit(processes.STOPPED)
 
 
@@ -156,6 +151,7 @@ def fit(
     table, limit, schedule, slots = axes.put(rest, whole)
     on_devices = functools.cache(lambda number: axes.put(np.int32(number), whole))
     accumulator = jax.jit(compiled.empty, static_argnums=1)(state.params, recipe.batch)
+    asked = stop.loop()
     share = mesh.shape["data"]  # devices that share the rows of a batch
 
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", recipe.keep)
@@ -210,7 +206,7 @@ def fit(
                 step += 1
                 log.step(step, metrics, Work.of(micro_batches), arms_of[(step - 1) % round_steps])
                 progress.advance(1, log.note)
-                stopped = stop.heard()
+                stopped = asked(step)
                 if step == steps or step % recipe.checkpoint_every == 0 or stopped:
                     log.flush(name)
                     checkpoints.save(step, state, {"steps": steps, "heard": log.arms.heard()})

@@ -304,6 +304,14 @@ def test_parallel_starts_do_not_depend_on_devices_tiles_and_streams(count, chunk
     assert wanted.tobytes() == found.tobytes() and len(np.unique(wanted, axis=0)) == 40
 
 
+@pytest.mark.parametrize("init", ["k-means||", "k-means++"])
+def test_draws_of_tiles_of_one_row_a_device(init):
+    x, memory = drawn(rows=76, width=8, spread=0.4), 1 << 20
+    wanted = fit(x, k=6, init=init, memory=memory, chunk=76)
+    same(fit(x, k=6, init=init, memory=memory, chunk=1), wanted)
+    same(fit(x, k=6, init=init, memory=memory, chunk=8, count=8), wanted)
+
+
 def test_plus_plus_of_streamed_rows_is_refused():
     """It would read them once for each cluster; and another rule in its place would be a start that memory decides."""
     with pytest.raises(ValueError, match=r"take k-means\|\|, or a larger cluster.memory_mib"):
@@ -394,7 +402,7 @@ def test_three_best_of_all_clusters(count, model):
     x[::2] += 2 * centroids[2]
     with devices(count, model):
         held = tiles.Tiles(x, 11, 16, np.float32, split=model > 1)
-        found = products.nearest(held.load(0)[0], (held.spread(centroids),), held.split)
+        found = products.nearest(held.load(0), (held.spread(centroids),), held.split)
     scores = np.einsum("nd,kd->nk", x, centroids)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :3]
     wanted = np.take_along_axis(scores, order, axis=1)

@@ -172,8 +172,10 @@ def _nearest_int8(x, held, split: int):
             jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(rows.astype(jnp.int32)), axis=1), 1).astype(jnp.float32))
             for rows in (x, held)
         ]
-        # the barrier has them made once, so that the largest is among what it is compared with
-        cosines = jax.lax.optimization_barrier(dots.astype(jnp.float32) / lengths[1][None, :] / lengths[0][:, None])
+        # one division after the other: of a single row and a single length XLA would divide by their product
+        part = jax.lax.optimization_barrier(dots.astype(jnp.float32) / lengths[1][None, :])
+        # this barrier has them made once, so that the largest is among what it is compared with
+        cosines = jax.lax.optimization_barrier(part / lengths[0][:, None])
         top = jnp.max(cosines, axis=1)
         index = jnp.arange(cosines.shape[1], dtype=jnp.int32)[None, :]
         which = jnp.min(jnp.where(cosines == top[:, None], index, cosines.shape[1] - 1), axis=1)

@@ -68,7 +68,7 @@ class Sweeper:
             moves = centroids, centroids if fresh else previous
             told = products.prepare(*moves, mean, self.single, self.fast, tiles.split)
         self.bounds, drift = jax.device_get(told)
-        self.centroids = centroids
+        self.centroids, self.on_host = centroids, None
         prefix = self._reach(drift, fresh)
         if with_sums and (fresh or self.limbs is None):
             self.limbs, fresh = self._zeros(), True
@@ -265,7 +265,9 @@ class Sweeper:
         taken = products.take(x, put(power_of_two(rows), tiles.whole), products.row_axes(tiles.split))
         if jax.devices()[0].platform == "tpu":  # no float64
             wide = np.asarray(taken[: len(rows)])
-            return exact.decide(wide, np.linalg.norm(wide.astype(np.float64), axis=1), tiles.gather(self.centroids))
+            if self.on_host is None:
+                self.on_host = tiles.gather(self.centroids)
+            return exact.decide(wide, np.linalg.norm(wide.astype(np.float64), axis=1), self.on_host)
         with jax.enable_x64(True):
             near = np.asarray(products.near(taken, self.centroids, tiles.split))[: len(rows), : self.k]
         out = np.argmax(near, axis=1).astype(np.int32)

@@ -188,8 +188,8 @@ class Tiles:
         """First row of a tile and the row after its last."""
         return tile * self.chunk, min((tile + 1) * self.chunk, self.rows)
 
-    def load(self, tile: int) -> tuple[jax.Array, jax.Array]:
-        """Reads a tile; rows after the last are zeros."""
+    def load(self, tile: int) -> jax.Array:
+        """Reads a tile f[C, D] as stored; rows after the last are zeros."""
         first = tile * self.chunk
         if hasattr(self.features, "on_devices"):  # rows that are made on the devices
             x = self.features.on_devices(first, self.chunk, self.by_rows)
@@ -203,7 +203,10 @@ class Tiles:
                 return held[begin, end]
 
             x = jax.make_array_from_callback((self.chunk, self.width), self.by_rows, read)
-        return x, x if self._same else _cast(x, self.dtype)
+        return x
+
+    def _fast(self, x: jax.Array) -> jax.Array:
+        return x if self._same else _cast(x, self.dtype)
 
     def _read(self, begin: int, end: int) -> np.ndarray:
         x = grid(self.features[begin : min(end, self.rows)]) if begin < self.rows else None
@@ -227,14 +230,22 @@ class Tiles:
 
     def _loaded(self, order: np.ndarray) -> Iterator[tuple]:
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            # several processes start their programs in one order: the reader starts none
+            cast_ahead = jax.process_count() == 1
+
+            def load(tile: int) -> tuple:
+                x = self.load(tile)
+                return x, self._fast(x) if cast_ahead else None
+
             ahead = None
             for tile, following in itertools.zip_longest(map(int, order), map(int, order[1:])):
-                now = self.kept[tile] or (ahead.result() if ahead else self.load(tile))
+                x, fast = self.kept[tile] or (ahead.result() if ahead else load(tile))
+                fast = self._fast(x) if fast is None else fast
                 if self.resident:
-                    self.kept[tile] = now
+                    self.kept[tile] = x, fast
                 wanted = following is not None and self.kept[following] is None
-                ahead = reader.submit(self.load, following) if wanted else None
-                yield tile, *now
+                ahead = reader.submit(load, following) if wanted else None
+                yield tile, x, fast
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Cuts rows of a tile, i[n], into calls: (places i[S·B] in `rows` or -1, rows within their device i32[S·B])."""

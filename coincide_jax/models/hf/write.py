@@ -102,10 +102,13 @@ def export(
 
 
 def _write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a .safetensors file whole; of several processes the one that leads does."""
-    if processes.leads():
+    """Writes a .safetensors file whole; of several processes the one that leads does, and all know whether it could."""
+
+    def write() -> None:
         with atomic(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+
+    processes.led(write)
 
 
 def config_json(cfg: VLMConfig, image_token_id: int) -> dict:
