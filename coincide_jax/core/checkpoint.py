@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from coincide_jax.core import artifacts, axes, processes
+from coincide_jax.core import artifacts, axes
 from coincide_jax.core.errors import UserError
 from coincide_jax.core.metrics import say
 
@@ -99,6 +99,9 @@ class Checkpoints:
         Shapes, dtypes and shardings are those of `abstract_state` (a tree of `jax.ShapeDtypeStruct`), whatever the
         devices were at the save. A checkpoint that cannot be read, or whose bits changed, is left out and deleted; the
         screen says so and the one before it is taken.
+
+        Raises:
+          UserError: one of several processes cannot read its part; nothing is deleted.
         """
         named, form = _named(abstract_state), jax.tree.structure(abstract_state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(named), record=ocp.args.JsonRestore())
@@ -109,9 +112,12 @@ class Checkpoints:
                 wrong = _differing(restored.record["fingerprints"], fingerprints(state))
                 fault = f"{len(wrong)} arrays changed on disk, the first is {wrong[0]}" if wrong else ""
             except Exception as error:  # of what Orbax and TensorStore meet in a damaged folder, nearly any
+                if jax.process_count() > 1:  # the others are in the middle of it; and one that died is no damage
+                    raise UserError(
+                        f"step {step} of {self.folder} was not read: {_first_line(error)}; the same command tries "
+                        f"again; where that fails too, take the folder {step} away: the step before it is then taken"
+                    ) from error
                 fault = f"it cannot be read: {_first_line(error)}"
-            # a process that died says nothing, and its absence is no damage: the others wait here until they end too
-            fault = next(filter(None, processes.told(fault)), "")
             if not fault:
                 return step, state, restored.record["meta"]
             say("checkpoint", f"step {step} of {self.folder} is left out ({fault}); the step before it is taken")

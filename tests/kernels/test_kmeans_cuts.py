@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coincide_jax.kernels import kmeans
-from coincide_jax.kernels.kmeans import exact, products, seeding, sketch, sweep, tiles
+from coincide_jax.kernels.kmeans import exact, products, seeding, sketch, sums, sweep, tiles
 
 RESULT = ("centroids", "assignment", "objective", "updated", "imbalance", "empties", "moved", "iterations")
 STREAMED = 30_000  # bytes, less than any array here
@@ -136,7 +136,7 @@ def test_a_device_holds_its_share():
         sweeper.run(centroids, None)
         following, _, _ = sweeper.settle(centroids)
         seeded = products.replace(following, jnp.arange(2, dtype=jnp.int32), jnp.zeros((2, 64)), held.split)
-        arrays = [centroids, following, seeded, *sweeper.single, *sweeper.fast, *products.total(*sweeper.limbs, 30)]
+        arrays = [centroids, following, seeded, *sweeper.single, *sweeper.fast, *sums.total(*sweeper.limbs, 30)]
         assert {shard.data.shape for array in arrays for shard in array.addressable_shards} == {(8, 64)}
         assert {shard.data.shape for limb in sweeper.limbs for shard in limb.addressable_shards} == {(1, 8, 64)}
         assert sweeper.limbs[0].shape == (2, 32, 64) and held.per == 50
@@ -306,7 +306,7 @@ def test_parallel_starts_do_not_depend_on_devices_tiles_and_streams(count, chunk
 
 @pytest.mark.parametrize("init", ["k-means||", "k-means++"])
 def test_draws_of_tiles_of_one_row_a_device(init):
-    x, memory = drawn(rows=76, width=8, spread=0.4), 1 << 20
+    x, memory = drawn(width=8, spread=0.4)[:76], 1 << 20
     wanted = fit(x, k=6, init=init, memory=memory, chunk=76)
     same(fit(x, k=6, init=init, memory=memory, chunk=1), wanted)
     same(fit(x, k=6, init=init, memory=memory, chunk=8, count=8), wanted)
@@ -418,7 +418,7 @@ def test_what_bfloat16_loses_is_what_the_cast_loses():
         with devices(1), jax.enable_x64(True):
             there = tiles.put(x, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(products.AXES)))
             fast = there.astype(jnp.bfloat16)
-            lost = np.asarray(products.inspect(there, fast, True)[1])
+            lost = np.asarray(sums.inspect(there, fast, True)[1])
         true = np.linalg.norm(x.astype(np.float64) - np.asarray(fast, np.float64), axis=1)
         assert np.all(lost >= true) and np.allclose(lost, true, rtol=1e-5) and np.all(true > 0)
 
@@ -457,7 +457,7 @@ def test_a_tolerance_stops_late_enough_and_alike_after_a_stop():
 def test_ordered_lengths_are_those_of_numpy():
     values = np.random.default_rng(5).integers(-(2**40), 2**40, size=(7, 333)) / 2.0**24
     with jax.enable_x64(True):
-        found = np.asarray(jax.jit(products.squares)(jnp.asarray(values)))
+        found = np.asarray(jax.jit(sums.squares)(jnp.asarray(values)))
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, np.sum(values**2, axis=1), rtol=1e-14)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from coincide_jax.kernels.kmeans import exact, products
+from coincide_jax.kernels.kmeans import exact, products, sums
 from coincide_jax.kernels.kmeans.tiles import Tiles, power_of_two, put
 
 ROWS = 1 << 15  # whose prefixes are chosen at a time
@@ -84,7 +84,7 @@ class Sweeper:
         if waiting:
             moved += self._finish(*waiting, fresh, with_sums)
         if self.loose:
-            self.limbs, self.loose = products.carry(*self.limbs, tiles.split), 0
+            self.limbs, self.loose = sums.carry(*self.limbs, tiles.split), 0
         self.work /= tiles.rows * tiles.clusters
         moved += int(np.sum(self.assignment < 0))
         self.assignment[self.assignment < 0] = 0  # of length zero, or the only cluster's, and in no tile that was read
@@ -94,7 +94,7 @@ class Sweeper:
         """The next centroids; lengths f64[K] of the sums, and their products with `centroids`, those of this pass."""
         split = self.tiles.split
         with jax.enable_x64(True):
-            following, *told = products.settle(*products.total(*self.limbs, split), centroids, split)
+            following, *told = sums.settle(*sums.total(*self.limbs, split), centroids, split)
         lengths, dots = jax.device_get(told)
         return following, lengths[: self.k], dots[: self.k]
 
@@ -204,9 +204,9 @@ class Sweeper:
                 plus = np.where(own, labels[rows[places]], none).astype(np.int32)
                 minus = () if fresh else (np.where(own, before[rows[places]], none),)
                 lists = (put(part.astype(np.int32), self.tiles.by_rows) for part in (local, plus, *minus))
-                if self.loose + len(local) // self.tiles.shards > products.LOOSE:
-                    self.limbs, self.loose = products.carry(*self.limbs, split), 0
-                self.limbs = products.add_rows(*self.limbs, x, *lists, split=split)
+                if self.loose + len(local) // self.tiles.shards > sums.LOOSE:
+                    self.limbs, self.loose = sums.carry(*self.limbs, split), 0
+                self.limbs = sums.add_rows(*self.limbs, x, *lists, split=split)
                 self.loose += len(local) // self.tiles.shards
         return len(changed)
 

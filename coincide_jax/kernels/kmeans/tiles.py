@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from coincide_jax.kernels.kmeans import products
+from coincide_jax.kernels.kmeans import products, sums
 from coincide_jax.kernels.kmeans.exact import LARGEST, grid
 
 CENTROID_BYTES = 80  # on a device for each number of the centroids it has, at most (`kmeans` says of what)
@@ -273,9 +273,9 @@ class Tiles:
         for tile, x, fast in self.read(np.ones(self.count, bool), "tiles measured"):
             start, stop = self.span(tile)
             with jax.enable_x64(True):
-                found = products.inspect(x, fast, x.dtype != np.float16, self.split)
-                if x.dtype == np.float16 and not np.max(jax.device_get(found[0])) < products.EXACT:
-                    found = products.inspect(x, fast, True, self.split)
+                found = sums.inspect(x, fast, x.dtype != np.float16, self.split)
+                if x.dtype == np.float16 and not np.max(jax.device_get(found[0])) < sums.EXACT:
+                    found = sums.inspect(x, fast, True, self.split)
                 length, cast, largest = jax.device_get(found)
             largest = largest[: stop - start]
             bad = np.flatnonzero(~(largest <= LARGEST))
