@@ -10,6 +10,7 @@ stages more: `cluster/warmup`, another clustering of the features, and `select/w
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -114,7 +115,9 @@ def let_programs_go() -> None:
 
 
 def same_command(config: ConfigDict, **rest) -> None:
-    """Raises `UserError` where processes were given different commands: they would wait for each other."""
+    """Raises `UserError` where processes were given different commands or programs: they would wait for each other."""
+    files = sorted(Path(__file__).parent.parent.rglob("*.py"))
+    rest |= {"jax": jax.__version__, "program": hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]}
     first, *others = processes.told(flatten(config) | rest)
     for index, given in enumerate(others, 1):
         for key in first.keys() | given.keys():
@@ -226,7 +229,7 @@ def run(
       UserError: unknown stage, workdir in use, not writable or made with another config, whatever a stage finds wrong.
     """
     processes.join()
-    same_command(config, stages=stages, last=last, force=force, workdir=str(workdir))
+    same_command(config, stages=[*stages], last=last, force=force, workdir=str(workdir), table=sweep is not None)
     for name in [*stages, *([force] if force else [])]:
         if name not in NAMES:
             raise unknown("stage", name, NAMES)

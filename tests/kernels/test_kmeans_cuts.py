@@ -304,12 +304,16 @@ def test_parallel_starts_do_not_depend_on_devices_tiles_and_streams(count, chunk
     assert wanted.tobytes() == found.tobytes() and len(np.unique(wanted, axis=0)) == 40
 
 
-@pytest.mark.parametrize("init", ["k-means||", "k-means++"])
-def test_draws_of_tiles_of_one_row_a_device(init):
-    x, memory = drawn(width=8, spread=0.4)[:76], 1 << 20
-    wanted = fit(x, k=6, init=init, memory=memory, chunk=76)
-    same(fit(x, k=6, init=init, memory=memory, chunk=1), wanted)
-    same(fit(x, k=6, init=init, memory=memory, chunk=8, count=8), wanted)
+def test_distances_do_not_depend_on_rows_a_device_has():
+    """One row met with one is where XLA would turn two divisions into one."""
+    x, found = np.random.default_rng(3).normal(size=(200, 8)).astype(np.float16), []
+    for chunk, count in ((200, 1), (1, 1), (2, 2), (7, 1)):
+        with devices(count):
+            held = kmeans.lay_out(x, 6, chunk, 1 << 20)
+            norms, _ = held.measure()
+            found.append(seeding._distances(held, norms, np.array([5]), np.full(len(x), 2.0, np.float32)))
+        np.testing.assert_array_equal(found[0], found[-1])
+    assert held.per == 7 and len(np.unique(found[0])) > 150
 
 
 def test_plus_plus_of_streamed_rows_is_refused():

@@ -166,21 +166,22 @@ def _nearest_int8(x, held, split: int):
         return jnp.round(x * (127.0 / jnp.where(largest > 0, largest, 1.0))).astype(jnp.int8)
 
     def local(x, held):
-        x, held = small(x), small(held)
+        count, here = len(x), products.names(len(held), split)
+        # of single rows XLA makes other operations: two divisions by their lengths become one by the product
+        x, held = (small(jnp.concatenate([rows, rows]) if len(rows) == 1 else rows) for rows in (x, held))
         dots = jax.lax.dot_general(x, held, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         lengths = [
             jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(rows.astype(jnp.int32)), axis=1), 1).astype(jnp.float32))
             for rows in (x, held)
         ]
-        # one division after the other: of a single row and a single length XLA would divide by their product
-        part = jax.lax.optimization_barrier(dots.astype(jnp.float32) / lengths[1][None, :])
-        # this barrier has them made once, so that the largest is among what it is compared with
-        cosines = jax.lax.optimization_barrier(part / lengths[0][:, None])
+        # the barrier has them made once, so that the largest is among what it is compared with
+        cosines = jax.lax.optimization_barrier(dots.astype(jnp.float32) / lengths[1][None, :] / lengths[0][:, None])
+        cosines = cosines[:count]
         top = jnp.max(cosines, axis=1)
         index = jnp.arange(cosines.shape[1], dtype=jnp.int32)[None, :]
         which = jnp.min(jnp.where(cosines == top[:, None], index, cosines.shape[1] - 1), axis=1)
         if split:
-            which, top = products.best_of_all(products.names(len(held), split).at[which].get(mode="clip"), top)
+            which, top = products.best_of_all(here.at[which].get(mode="clip"), top)
         return products.everywhere(top, which, split=split)
 
     return products.over_rows(local, "rk", split=split)(x, held)
