@@ -19,14 +19,13 @@ With `--device` nothing is compared: rows are made on the devices and never leav
 iteration and the share of the half-precision matmul rate measured in the same process.
 """
 
+import importlib.metadata
 import statistics
 import time
 
-import faiss
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.cluster import KMeans
 
 from benchmarks import record
 from coincide_jax.cluster.centres import POLISH
@@ -35,9 +34,9 @@ from coincide_jax.kernels import kmeans
 from coincide_jax.kernels.kmeans import sketch, sweep, tiles
 
 PEERS = {
-    "faiss": f"faiss {faiss.__version__} Kmeans(spherical=True), run to convergence, no sampling of rows",
-    "faiss-0.1%": f"faiss {faiss.__version__} Kmeans(spherical=True), stopped within 0.1 % of convergence, no sampling",
-    "super": f"faiss {faiss.__version__} Kmeans(use_super_kmeans=True) on L2, run to convergence, no sampling of rows",
+    "faiss": "faiss {} Kmeans(spherical=True), run to convergence, no sampling of rows",
+    "faiss-0.1%": "faiss {} Kmeans(spherical=True), stopped within 0.1 % of convergence, no sampling",
+    "super": "faiss {} Kmeans(use_super_kmeans=True) on L2, run to convergence, no sampling of rows",
     "sklearn": "scikit-learn KMeans(algorithm='lloyd', tol=0), run to convergence",
 }
 
@@ -70,8 +69,12 @@ def ours(x: np.ndarray, init: np.ndarray, keys) -> tuple[np.ndarray, int]:
 def peer(x: np.ndarray, init: np.ndarray, keys, iterations: int) -> tuple[np.ndarray, int]:
     """The same by the peer, on float32 rows."""
     if keys.peer == "sklearn":
+        from sklearn.cluster import KMeans
+
         model = KMeans(len(init), init=init, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
         return model.cluster_centers_, model.n_iter_
+    import faiss  # not where rows are made on devices and no peer is asked
+
     more = {"use_super_kmeans": True} if keys.peer == "super" else {"spherical": True}
     model = faiss.Kmeans(x.shape[1], len(init), niter=iterations, max_points_per_centroid=len(x), nredo=1, **more)
     model.train(x, init_centroids=init)
@@ -82,6 +85,8 @@ def stop_at(wide: np.ndarray, init: np.ndarray, keys) -> int:
     """Iterations that faiss needs to within 0.1 % of where it converges; the limit for other peers."""
     if keys.peer != "faiss-0.1%":
         return keys.iterations
+    import faiss
+
     model = faiss.Kmeans(wide.shape[1], len(init), niter=keys.iterations, spherical=True,
                          max_points_per_centroid=len(wide))  # fmt: skip
     model.train(wide, init_centroids=init)
@@ -202,7 +207,7 @@ def compare(keys) -> dict:
     }
     qualities = [found["ours"][2] / found["peer"][2] for found in rounds]
     return {
-        "peer": PEERS[keys.peer],
+        "peer": PEERS[keys.peer].format(importlib.metadata.version("faiss-cpu")),
         "mode": keys.mode,
         **({"rank": keys.rank, "energy": round(keys.energy, 4)} if keys.mode == "sketch" else {}),
         "iterations": {name: values[0] for name, values in middle.items()} | {"limit": keys.iterations},
