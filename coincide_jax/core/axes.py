@@ -93,9 +93,9 @@ def put(tree, sharding: NamedSharding):
     return jax.tree.map(one, tree)
 
 
-def fetch(array: jax.Array) -> np.ndarray:
-    """The whole array on the host, of every process; all of them call it."""
-    if not array.is_fully_addressable and not array.is_fully_replicated:
+def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array on the host, of every process; all of them call it. An array of the host stays as it is."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         array = jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, jax.P()))(array)
     return np.asarray(jax.device_get(array))
 
