@@ -23,7 +23,7 @@ ELSEWHERE = ("install", "test", "demo")  # .ci/run runs these as printed
 LONG = ("table", "curricula", "long")  # minutes to hours: the long tests are them
 SHORT = {name: text for name, text in BLOCKS if name not in (*ELSEWHERE, *LONG, "own", "arrays", "plan")}
 NEEDS_PUBLISHED = ("llava15",)
-TWINS = ("skill_it",)  # of another command but for a name whose stages have tests: run by the long tests
+TWINS = ("skill_it", "processes")  # what is new in them has tests, the rest is another command: run by the long tests
 
 
 def small() -> list[str]:
