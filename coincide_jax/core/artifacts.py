@@ -5,6 +5,7 @@ shard or a flipped bit raises; it is never read as zeros. `core/store.py` reads 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -59,6 +60,17 @@ def atomic(path: pathlib.Path, *, each: bool = False) -> Iterator[pathlib.Path]:
         raise
 
 
+def _once(write: Callable) -> Callable:
+    """Of several processes only the one that leads runs `write`, which returns nothing."""
+
+    @functools.wraps(write)
+    def one(*arguments, **more) -> None:
+        if processes.leads():
+            write(*arguments, **more)
+
+    return one
+
+
 def _of_writing(error: BaseException, path: pathlib.Path) -> bool:
     """Whether an error comes of writing `path`: one of the system that names no file elsewhere. safetensors and
     tokenizers raise exceptions of other types, with the system's number in the text."""
@@ -67,10 +79,9 @@ def _of_writing(error: BaseException, path: pathlib.Path) -> bool:
     return "(os error " in str(error) and not isinstance(error, UserError)
 
 
+@_once
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file whole; of several processes the one that leads does."""
-    if not processes.leads():
-        return
+    """Writes a text file whole."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -101,14 +112,13 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
         return [json.loads(line) for line in file if line.strip()]
 
 
+@_once
 def append_jsonl(path: pathlib.Path, lines: Sequence[dict]) -> None:
-    """Adds lines to a JSON-lines file, on disk when it returns; of several processes the one that leads does.
+    """Adds lines to a JSON-lines file, on disk when it returns.
 
     Raises:
       UserError: they cannot be written; half a line may stay, which readers leave out.
     """
-    if not processes.leads():
-        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
@@ -119,9 +129,10 @@ def append_jsonl(path: pathlib.Path, lines: Sequence[dict]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
+@_once
 def cut_jsonl(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
     """Drops the lines of a JSON-lines file that `keep` refuses, and a last line cut short by a kill."""
-    if not processes.leads() or not path.exists():
+    if not path.exists():
         return
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     write_text(path, "".join(line for line in whole if keep(json.loads(line))))
@@ -134,18 +145,16 @@ class _Written(NamedTuple):
     write: Callable[[bytes], int]
 
 
+@_once
 def write_npy(path: pathlib.Path, array: np.ndarray) -> None:
-    """Writes a .npy file whole; of several processes the one that leads does."""
-    if not processes.leads():
-        return
+    """Writes a .npy file whole."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.save(_Written(file.write), array)
 
 
+@_once
 def write_parquet(path: pathlib.Path, columns: dict[str, Sequence]) -> None:
-    """Writes columns of equal length as one parquet file, whole; of several processes the one that leads does."""
-    if not processes.leads():
-        return
+    """Writes columns of equal length as one parquet file, whole."""
     with atomic(path) as temporary:
         pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), temporary)
 
@@ -156,10 +165,10 @@ def read_parquet(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
+@_once
 def remove(path: pathlib.Path) -> None:
-    """Deletes a file if it is there; of several processes the one that leads does."""
-    if processes.leads():
-        path.unlink(missing_ok=True)
+    """Deletes a file if it is there."""
+    path.unlink(missing_ok=True)
 
 
 def digest(path: pathlib.Path) -> str:

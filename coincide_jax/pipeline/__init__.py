@@ -65,7 +65,7 @@ MAPPINGS = 20_000  # of this process, above which compiled programs are let go b
 def locked(workdir: Path) -> Iterator[None]:
     """Holds the workdir by an OS lock that dies with the process; of several processes the one that leads does."""
     with contextlib.ExitStack() as stack:
-        held = processes.led(functools.partial(_lock, workdir, stack))
+        held = processes.led(lambda: stack.enter_context(_lock(workdir)))
         seen = processes.told(_sees(workdir / ".lock", held))
         if not all(seen):
             raise UserError(
@@ -85,25 +85,26 @@ def _sees(lock: Path, held: str, seconds: float = 10.0) -> bool:
     return True
 
 
-def _lock(workdir: Path, stack: contextlib.ExitStack) -> str:
-    """Takes the lock, until the stack is closed; returns what it wrote there."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (the stack closes it)
-        stack.callback(handle.close)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.seek(0)
-        holder = (handle.read().split() or ["?"])[0]
-        raise UserError(f"workdir {workdir} is in use by process {holder}") from error
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
-    held = f"{os.getpid()} {uuid.uuid4().hex}"
-    handle.truncate(0)
-    handle.write(held)
-    handle.flush()
-    os.fsync(handle.fileno())
-    return held
+@contextlib.contextmanager
+def _lock(workdir: Path) -> Iterator[str]:
+    """Holds the lock; gives what it wrote there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(open(workdir / ".lock", "a+", encoding="utf-8"))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            holder = (handle.read().split() or ["?"])[0]
+            raise UserError(f"workdir {workdir} is in use by process {holder}") from error
+        except OSError as error:
+            raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+        held = f"{os.getpid()} {uuid.uuid4().hex}"
+        handle.truncate(0)
+        handle.write(held)
+        handle.flush()
+        os.fsync(handle.fileno())
+        yield held
 
 
 def let_programs_go() -> None:
